@@ -1,0 +1,132 @@
+//! What can be said on the command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vfio_checkpoint_device::kernel::KernelPath;
+
+/// Save a VFIO device's migration state to a file, and restore it.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vfio-device",
+    version,
+    after_help = "Exit codes: 0 done; 1 failed, the devices run with the state they had; 2 wrong usage; 3 cannot work \
+                  as things are, nothing was touched; 4 failed, device state was lost or a device needs a decision.",
+    after_long_help = "A DEVICE is a PCI address (0000:03:00.1), the UUID of a mediated device, or a simulated device: \
+                       sim, or sim:KEY=VALUE,… with seed=NUMBER, memory=SIZE, dirty=SIZE (a second), firmware=TEXT, \
+                       where a SIZE is bytes or has the suffix KiB, MiB or GiB.\n\n\
+                       Opening a VFIO device resets it and takes it from everybody else: name only devices that are \
+                       yours. A PCI function is reset again when its last holder closes it.\n\n\
+                       Exit codes: 0 done; 1 failed, the devices run with the state they had; 2 wrong usage; 3 cannot \
+                       work as things are, nothing was touched; 4 failed, device state was lost or a device needs a \
+                       decision."
+)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the devices of this node that could be saved, without opening any
+    List {
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Show one device and what stands in the way of saving it, without opening it
+    Info {
+        /// PCI address or mdev UUID
+        device: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Save a device's state to a file
+    Save(Save),
+    /// Restore a device's state from a file
+    Restore(Restore),
+}
+
+#[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools, reason = "flags of a command line, each its own")]
+pub(crate) struct Save {
+    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]
+    pub(crate) device: String,
+    /// Where to. It appears when it is whole, and not before
+    pub(crate) file: PathBuf,
+    /// Copy what can be copied while the device runs
+    #[arg(long)]
+    pub(crate) pre_copy: bool,
+    /// With --pre-copy: stop the device only once the rest is predicted to take no longer, in milliseconds
+    #[arg(long, value_name = "MS", requires = "pre_copy", value_parser = milliseconds, default_value = "300")]
+    pub(crate) downtime_limit: Duration,
+    /// With --pre-copy: how long to try, in milliseconds
+    #[arg(long, value_name = "MS", requires = "pre_copy", value_parser = milliseconds, default_value = "60000")]
+    pub(crate) pre_copy_budget: Duration,
+    /// With --pre-copy: when the budget is spent, let the device run on and fail, rather than stop it all the same
+    #[arg(long, requires = "pre_copy")]
+    pub(crate) insist: bool,
+    /// Leave the device stopped afterwards
+    #[arg(long)]
+    pub(crate) leave_stopped: bool,
+    /// Replace FILE where it is there already
+    #[arg(long)]
+    pub(crate) replace: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]
+    pub(crate) device: String,
+    /// Where from. It is checked whole before the device is opened
+    pub(crate) file: PathBuf,
+    /// Keep the device open, running, until standard input ends
+    #[arg(long)]
+    pub(crate) hold: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// How to open a kernel device [default: iommufd where there is one, else container]
+    #[arg(long, value_enum)]
+    pub(crate) via: Option<Via>,
+    /// Form of the result
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+}
+
+/// The form of results.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    #[default]
+    Table,
+    /// One JSON document
+    Json,
+}
+
+/// How to open a kernel device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Via {
+    /// The IOMMU group's node and a container
+    Container,
+    /// The device's own node and an iommufd
+    Iommufd,
+}
+
+impl From<Via> for KernelPath {
+    fn from(via: Via) -> Self {
+        match via {
+            Via::Container => Self::Container,
+            Via::Iommufd => Self::Iommufd,
+        }
+    }
+}
+
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    text.parse().map(Duration::from_millis).map_err(|_| "give a whole number of milliseconds".to_owned())
+}

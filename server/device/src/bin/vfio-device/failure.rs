@@ -1,0 +1,71 @@
+//! What went wrong, in words for people and as an exit code for scripts.
+
+use std::fmt;
+use std::process::ExitCode;
+
+use vfio_checkpoint_device::chain;
+use vfio_checkpoint_device::operation::OperationError;
+use vfio_checkpoint_fsm::Outcome;
+
+/// How the program ends. Usage errors are clap's, which exits with 2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExitStatus {
+    /// It did what was asked for.
+    Done = 0,
+    /// It failed, and the devices run with the state they had.
+    Failed = 1,
+    /// It cannot work, as things are. Nothing was touched.
+    Blocked = 3,
+    /// It failed, and device state was lost or a device needs somebody's decision.
+    StateLost = 4,
+}
+
+impl From<ExitStatus> for ExitCode {
+    fn from(status: ExitStatus) -> Self {
+        Self::from(status as u8)
+    }
+}
+
+/// Why the program did not do what was asked for.
+#[derive(Debug)]
+pub(crate) struct CommandFailure {
+    status: ExitStatus,
+    text: String,
+}
+
+impl CommandFailure {
+    /// It cannot work; nothing was touched.
+    pub(crate) fn blocked(reason: impl fmt::Display) -> Self {
+        Self { status: ExitStatus::Blocked, text: reason.to_string() }
+    }
+
+    /// It failed; devices run with the state they had.
+    pub(crate) fn failed(error: &dyn std::error::Error) -> Self {
+        Self { status: ExitStatus::Failed, text: chain(error) }
+    }
+
+    pub(crate) fn status(&self) -> ExitStatus {
+        self.status
+    }
+}
+
+impl From<OperationError> for CommandFailure {
+    fn from(error: OperationError) -> Self {
+        match &error {
+            OperationError::Refused(refusal) => Self::blocked(format!("nothing was touched: {refusal}")),
+            OperationError::Failed { outcome, quarantined, .. } => {
+                let kept = *outcome == Outcome::Preserved && quarantined.is_empty();
+                let status = if kept { ExitStatus::Failed } else { ExitStatus::StateLost };
+                Self { status, text: error.to_string() }
+            }
+            // The enum may grow; what is not known is not called harmless.
+            _ => Self { status: ExitStatus::StateLost, text: chain(&error) },
+        }
+    }
+}
+
+impl fmt::Display for CommandFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}

@@ -1,0 +1,254 @@
+//! `save` and `restore`: a state file at one end, a device at the other.
+
+use std::io::{self, IsTerminal, Read};
+use std::time::Duration;
+
+use bytes::Bytes;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+use vfio_checkpoint_device::operation::{self, BoxError, PrecopyPolicy, StateSink, StateSource};
+use vfio_checkpoint_device::seal::Seal;
+use vfio_checkpoint_device::sim::SimDevice;
+use vfio_checkpoint_device::state_file::{Header, StateFile, StateFileError, StateFileWriter};
+use vfio_checkpoint_device::{Call, ConfigCapture, DataSize, Identity, Rearm, chain};
+use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest};
+
+use crate::args::{Output, Restore, Save};
+use crate::failure::CommandFailure;
+use crate::list::print_json;
+use crate::target::Target;
+
+/// What a save did.
+#[derive(Serialize)]
+struct Saved {
+    device: Identity,
+    #[serde(flatten)]
+    seal: Seal,
+    pre_copied_bytes: u64,
+    downtime_ms: f64,
+    took_ms: f64,
+    left_stopped: bool,
+    /// The digest of a simulated device's state, which its restored copy must have too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_digest: Option<String>,
+}
+
+/// What a restore did.
+#[derive(Serialize)]
+struct Restored {
+    device: Identity,
+    #[serde(flatten)]
+    seal: Seal,
+    took_ms: f64,
+    /// Interrupts that whoever uses the device must arm again.
+    rearm: Option<Rearm>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_digest: Option<String>,
+}
+
+pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
+    let target = Target::parse(&arguments.device, &arguments.common)?;
+    if !arguments.replace && arguments.file.symlink_metadata().is_ok() {
+        let file = arguments.file.display();
+        return Err(CommandFailure::blocked(format!(
+            "{file} exists already; name another file, or say --replace"
+        )));
+    }
+    let opened = target.open()?;
+    let (fingerprint, size) = opened
+        .lane
+        .call(Call::DataSize, |driver| (driver.fingerprint().clone(), driver.data_size()))
+        .map_err(|hung| CommandFailure::failed(&hung))?;
+    let header = Header { device: opened.lane.identity().clone(), fingerprint };
+    let writer = StateFileWriter::create(&arguments.file, &header, arguments.replace)
+        .map_err(|error| CommandFailure::failed(&error))?;
+    let progress = progress("saving", size.ok().and_then(DataSize::bytes));
+    let mut sink = FileSink { writer: Some(writer), seal: None, progress, sim: opened.sim, digest: None };
+
+    let request = SaveRequest {
+        pre_copy: arguments.pre_copy,
+        cutover: Cutover::Auto,
+        after: if arguments.leave_stopped { AfterSave::StayStopped } else { AfterSave::Resume },
+    };
+    let policy = PrecopyPolicy {
+        downtime_limit: arguments.downtime_limit,
+        time_budget: arguments.pre_copy_budget,
+        stop_over_limit: !arguments.insist,
+    };
+    let report = operation::save(std::slice::from_ref(&opened.lane), request, policy, &mut sink)?;
+    sink.progress.finish_and_clear();
+    let Some(seal) = sink.seal else {
+        return Err(CommandFailure::blocked("the save ended without a seal; please report this as a defect"));
+    };
+    let saved = Saved {
+        device: header.device,
+        seal,
+        pre_copied_bytes: report.precopy_bytes,
+        downtime_ms: milliseconds(report.downtime),
+        took_ms: milliseconds(report.took),
+        left_stopped: arguments.leave_stopped,
+        device_digest: sink.digest,
+    };
+    match arguments.common.output {
+        Output::Json => print_json(&saved),
+        Output::Table => {
+            println!("saved {} to {}", saved.device, arguments.file.display());
+            println!("  state     {}", saved.seal);
+            println!("  pre-copy  {} bytes while the device ran", saved.pre_copied_bytes);
+            let after = if saved.left_stopped { "; the device stays stopped" } else { "" };
+            println!("  downtime  {:.1} ms of {:.1} ms{after}", saved.downtime_ms, saved.took_ms);
+            print_digest(saved.device_digest.as_deref());
+            Ok(())
+        }
+    }
+}
+
+pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
+    let target = Target::parse(&arguments.device, &arguments.common)?;
+    let mut file =
+        StateFile::open(&arguments.file).map_err(|error| CommandFailure::blocked(chain(&error)))?;
+    let differences = file.header().fingerprint.differences(&target.fingerprint()?);
+    if !differences.is_empty() {
+        let list: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        return Err(CommandFailure::blocked(format!(
+            "the state of {} does not fit this device: {}",
+            file.header().device,
+            list.join("; ")
+        )));
+    }
+    let bytes = file.trailer().seal.bytes;
+    let checking = progress("checking", Some(bytes));
+    file.verify(|read| checking.set_position(read))
+        .map_err(|error| CommandFailure::blocked(chain(&error)))?;
+    checking.finish_and_clear();
+
+    let opened = target.open()?;
+    let (seal, config) = (file.trailer().seal, file.trailer().config);
+    let chunks = file.state().map_err(|error| CommandFailure::failed(&error))?;
+    let mut source = FileSource {
+        chunks: Box::new(chunks),
+        seal,
+        config,
+        rearm: None,
+        progress: progress("restoring", Some(bytes)),
+    };
+    let report = operation::restore(std::slice::from_ref(&opened.lane), &mut source)?;
+    source.progress.finish_and_clear();
+
+    let restored = Restored {
+        device: opened.lane.identity().clone(),
+        seal,
+        took_ms: milliseconds(report.took),
+        rearm: source.rearm,
+        device_digest: opened.sim.as_ref().map(digest),
+    };
+    match arguments.common.output {
+        Output::Json => print_json(&restored)?,
+        Output::Table => {
+            println!("restored {} from {}", restored.device, arguments.file.display());
+            println!("  state     {}, verified", restored.seal);
+            println!("  took      {:.1} ms", restored.took_ms);
+            if let Some(rearm) = restored.rearm {
+                println!(
+                    "  re-arm    {} vectors of {:?}, by whoever uses the device",
+                    rearm.vectors, rearm.kind
+                );
+            }
+            print_digest(restored.device_digest.as_deref());
+        }
+    }
+    if arguments.hold {
+        eprintln!("holding {}; it is let go when standard input ends", opened.lane.identity());
+        // Whatever ends the input ends the hold.
+        let _ = io::stdin().read_to_end(&mut Vec::new());
+    }
+    Ok(())
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+fn digest(device: &SimDevice) -> String {
+    Seal { bytes: 0, blake3: device.digest() }.hex()
+}
+
+fn print_digest(digest: Option<&str>) {
+    if let Some(digest) = digest {
+        println!("  device    digest {digest}");
+    }
+}
+
+/// A bar on a terminal, nothing elsewhere.
+fn progress(what: &'static str, bytes: Option<u64>) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = bytes.map_or_else(ProgressBar::no_length, ProgressBar::new);
+    let template = "{msg} {bytes}/{total_bytes} {bytes_per_sec} eta {eta} {wide_bar}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.with_message(what)
+}
+
+struct FileSink {
+    /// Gone once the file is sealed.
+    writer: Option<StateFileWriter>,
+    seal: Option<Seal>,
+    progress: ProgressBar,
+    sim: Option<SimDevice>,
+    /// Taken while the device is stopped: later it may have moved on.
+    digest: Option<String>,
+}
+
+impl StateSink for FileSink {
+    fn chunk(&mut self, _device: usize, bytes: Bytes) -> Result<(), BoxError> {
+        if let Some(writer) = &mut self.writer {
+            writer.write(&bytes)?;
+            self.progress.set_position(writer.bytes());
+        }
+        Ok(())
+    }
+
+    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        self.digest = self.sim.as_ref().map(digest);
+        if let Some(writer) = self.writer.take() {
+            self.seal = Some(writer.finish(config.first().copied().flatten())?);
+        }
+        Ok(())
+    }
+}
+
+struct FileSource<'a> {
+    chunks: Box<dyn Iterator<Item = Result<Bytes, StateFileError>> + 'a>,
+    seal: Seal,
+    config: Option<ConfigCapture>,
+    rearm: Option<Rearm>,
+    progress: ProgressBar,
+}
+
+impl StateSource for FileSource<'_> {
+    fn chunk(&mut self, _device: usize) -> Result<Option<Bytes>, BoxError> {
+        let chunk = self.chunks.next().transpose()?;
+        if let Some(chunk) = &chunk {
+            self.progress.inc(chunk.len() as u64);
+        }
+        Ok(chunk)
+    }
+
+    fn seal(&mut self, _device: usize) -> Result<Seal, BoxError> {
+        Ok(self.seal)
+    }
+
+    fn config(&mut self, _device: usize) -> Option<ConfigCapture> {
+        self.config
+    }
+
+    /// Nothing uses the device yet: this process maps no memory and waits for no interrupt, so it is ready as it is.
+    /// What its next user must arm is reported.
+    fn ready(&mut self, rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        self.rearm = rearm.first().copied().flatten();
+        Ok(())
+    }
+}

@@ -1,0 +1,369 @@
+//! Every operation through every failure of every SET it makes, landing in every state that the walk could leave the
+//! device in. Expected trajectories are snapshots; what must hold for all of them is asserted.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use vfio_checkpoint_fsm::{Capabilities, Outcome, State, Walk, path};
+
+use super::{Driver, Failure, SaveMode, SaveRead, Standing, Step};
+use crate::executor::VirtualTime;
+use crate::fault::{Fault, FaultyDevice};
+use crate::pool::MIN_CHUNK_BYTES;
+use crate::seal::SealHasher;
+use crate::sim::{SimConfig, SimDevice};
+use crate::{Call, ChunkPool, DeviceError, Seal, Verifier};
+
+const EIO: i32 = libc::EIO;
+
+fn slot(migration: Capabilities) -> (SimDevice, Arc<VirtualTime>) {
+    let time = Arc::new(VirtualTime::default());
+    let config = SimConfig { memory_bytes: 100_000, migration, ..SimConfig::default() };
+    (SimDevice::new(config, Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap(), time)
+}
+
+fn driver(slot: &SimDevice, time: &Arc<VirtualTime>, faults: &[Fault]) -> Driver {
+    Driver::new(Box::new(FaultyDevice::new(Box::new(slot.open().unwrap()), faults, Arc::clone(time))))
+}
+
+fn pool() -> ChunkPool {
+    ChunkPool::new(MIN_CHUNK_BYTES, 2)
+}
+
+/// A whole save of one device. `pre_copy` where the device has it; the barrier where it has P2P.
+fn save(driver: &mut Driver, mode: SaveMode) -> Result<Vec<u8>, Failure> {
+    let p2p = driver.capabilities().migration.p2p;
+    let mut state = Vec::new();
+    let pool = pool();
+    let mut session = match mode {
+        SaveMode::PreCopy => {
+            let mut session = driver.begin_save(SaveMode::PreCopy)?;
+            loop {
+                match session.read(&pool) {
+                    Ok(SaveRead::Chunk(chunk)) => state.extend_from_slice(&chunk),
+                    Ok(SaveRead::NothingNow | SaveRead::End) => break,
+                    Err(error) => return Err(driver.abort(error)),
+                }
+            }
+            if p2p {
+                driver.quiesce(&session)?;
+            }
+            driver.stop_copy(&mut session)?;
+            session
+        }
+        SaveMode::StopCopy if p2p => {
+            let quiesced = driver.quiesce_running()?;
+            driver.stop_copy_quiesced(quiesced)?
+        }
+        SaveMode::StopCopy => driver.begin_save(SaveMode::StopCopy)?,
+    };
+    loop {
+        match session.read(&pool) {
+            Ok(SaveRead::Chunk(chunk)) => state.extend_from_slice(&chunk),
+            Ok(SaveRead::NothingNow) => panic!("STOP_COPY has no \"nothing for now\""),
+            Ok(SaveRead::End) => break,
+            Err(error) => return Err(driver.abort(error)),
+        }
+    }
+    let stopped = driver.finish_save(session)?;
+    if p2p {
+        driver.resume_p2p(&stopped)?;
+    }
+    driver.resume(stopped)?;
+    Ok(state)
+}
+
+fn seal_of(state: &[u8]) -> Seal {
+    let mut hasher = SealHasher::new();
+    hasher.update(state);
+    hasher.seal()
+}
+
+/// A whole restore of one device, with the barrier where it has P2P.
+fn restore(driver: &mut Driver, state: &[u8]) -> Result<(), Failure> {
+    let mut session = driver.begin_restore()?;
+    let mut verifier = Verifier::new();
+    for part in state.chunks(30_000) {
+        let chunk = verifier.accept(Bytes::copy_from_slice(part));
+        if let Err(error) = session.write(&chunk) {
+            return Err(driver.abort(error));
+        }
+    }
+    let loaded = driver.verified(session, &verifier.finish(&seal_of(state)).unwrap())?;
+    let armed = driver.fix_up(loaded, None)?.ready();
+    if driver.capabilities().migration.p2p {
+        driver.enter_running_p2p(&armed)?;
+    }
+    driver.enter_running(&armed)
+}
+
+/// Every SET that a trajectory makes, in order, with the state it starts from.
+fn sets(steps: &[Step]) -> Vec<(State, State)> {
+    let mut at = State::Running;
+    let mut sets = Vec::new();
+    for step in steps {
+        match step {
+            Step::Set(target, _) => sets.push((at, *target)),
+            Step::ReadBack(Ok(state)) => at = *state,
+            Step::ReadBack(Err(_)) | Step::Reset(_) => {}
+        }
+    }
+    sets
+}
+
+/// Where a failed SET can leave a device: any state of the path, its start included, or ERROR.
+fn landings(capabilities: Capabilities, from: State, to: State) -> Vec<State> {
+    let mut landings = vec![from];
+    if let Walk::Path(path) = path(capabilities, from, to) {
+        landings.extend(path.iter().map(vfio_checkpoint_fsm::Arc::to));
+    }
+    landings.push(State::Error);
+    landings.dedup();
+    landings
+}
+
+fn tell(report: &mut String, title: &str, failure: &Failure) {
+    let steps: Vec<String> = failure.steps.iter().map(ToString::to_string).collect();
+    writeln!(
+        report,
+        "{title}\n  {:?}, {:?}, in {}\n  {}",
+        failure.outcome,
+        failure.standing,
+        failure.state.map_or("?", State::name),
+        steps.join("; ")
+    )
+    .unwrap();
+}
+
+/// The first error is the injected one, whatever recovery met.
+fn assert_first(failure: &Failure, target: State) {
+    assert!(
+        matches!(&failure.first, DeviceError::Os { call: Call::SetState(state), source }
+            if *state == target && source.raw_os_error() == Some(EIO)),
+        "{failure:?}"
+    );
+}
+
+#[test]
+fn a_save_survives_the_failure_of_every_set() {
+    let mut report = String::new();
+    for capabilities in Capabilities::ALL {
+        for mode in [SaveMode::StopCopy, SaveMode::PreCopy] {
+            if mode == SaveMode::PreCopy && !capabilities.pre_copy {
+                continue;
+            }
+            let (device, time) = slot(capabilities);
+            let mut clean = driver(&device, &time, &[]);
+            let state = save(&mut clean, mode).unwrap();
+            assert!(state.len() > 100_000);
+            let digest = device.digest();
+            let made = sets(clean.steps());
+            drop(clean);
+            for (from, target) in made {
+                for landing in landings(capabilities, from, target) {
+                    let (device, time) = slot(capabilities);
+                    let mut driver = driver(&device, &time, &[Fault::Set { target, landing, errno: EIO }]);
+                    let failure = save(&mut driver, mode).unwrap_err();
+                    assert_first(&failure, target);
+                    assert_eq!(failure.resets(), 0, "a source is never reset by itself");
+                    if landing == State::Error {
+                        assert_eq!(failure.standing, Standing::Quarantined);
+                        assert_eq!(failure.outcome, Outcome::StateLost);
+                        assert!(
+                            driver.begin_save(SaveMode::StopCopy).is_err(),
+                            "a quarantined device takes no work"
+                        );
+                        driver.reset().unwrap();
+                    } else {
+                        assert_eq!(
+                            (failure.standing, failure.state),
+                            (Standing::InService, Some(State::Running))
+                        );
+                        assert_eq!(failure.outcome, Outcome::Preserved);
+                        assert_eq!(device.digest(), digest, "the state is what it was");
+                    }
+                    assert_eq!(save(&mut driver, mode).unwrap().len(), state.len(), "the device works again");
+                    tell(
+                        &mut report,
+                        &format!("{capabilities} {mode:?}: SET {from} -> {target} lands in {landing}"),
+                        &failure,
+                    );
+                }
+            }
+        }
+    }
+    insta::assert_snapshot!("save_failures", report);
+}
+
+#[test]
+fn a_restore_survives_the_failure_of_every_set() {
+    let mut report = String::new();
+    for capabilities in Capabilities::ALL {
+        let (source, time) = slot(capabilities);
+        let state = save(&mut driver(&source, &time, &[]), SaveMode::StopCopy).unwrap();
+
+        let (destination, time) = slot(capabilities);
+        let mut clean = driver(&destination, &time, &[]);
+        restore(&mut clean, &state).unwrap();
+        let made = sets(clean.steps());
+        drop(clean);
+        for (from, target) in made {
+            for landing in landings(capabilities, from, target) {
+                let (device, time) = slot(capabilities);
+                let digest = device.digest();
+                let mut driver = driver(&device, &time, &[Fault::Set { target, landing, errno: EIO }]);
+                let failure = restore(&mut driver, &state).unwrap_err();
+                assert_first(&failure, target);
+                assert_eq!((failure.standing, failure.state), (Standing::InService, Some(State::Running)));
+                assert_eq!(
+                    failure.outcome == Outcome::StateLost,
+                    failure.resets() == 1,
+                    "a reset is a loss, and only it"
+                );
+                assert!(failure.resets() <= 1);
+                if failure.outcome == Outcome::Preserved {
+                    assert_eq!(device.digest(), digest);
+                }
+                restore(&mut driver, &state).unwrap();
+                tell(
+                    &mut report,
+                    &format!("{capabilities}: SET {from} -> {target} lands in {landing}"),
+                    &failure,
+                );
+            }
+        }
+    }
+    insta::assert_snapshot!("restore_failures", report);
+}
+
+const FULL: Capabilities = Capabilities { p2p: true, pre_copy: true };
+
+#[test]
+fn a_recovery_that_fails_too_ends_in_quarantine_with_the_first_error() {
+    let (device, time) = slot(FULL);
+    let faults = [
+        Fault::Set { target: State::StopCopy, landing: State::Stop, errno: EIO },
+        Fault::Set { target: State::Running, landing: State::Stop, errno: libc::ENOMEM },
+    ];
+    let mut source = driver(&device, &time, &faults);
+    let failure = save(&mut source, SaveMode::StopCopy).unwrap_err();
+    assert_first(&failure, State::StopCopy);
+    assert_eq!((failure.standing, failure.resets()), (Standing::Quarantined, 0));
+    assert_eq!(
+        (failure.state, failure.outcome),
+        (Some(State::Stop), Outcome::Preserved),
+        "stopped, but there"
+    );
+    drop(source);
+
+    let (device, time) = slot(FULL);
+    let faults = [
+        Fault::Set { target: State::RunningP2p, landing: State::Resuming, errno: EIO },
+        Fault::Reset { errno: libc::ETIMEDOUT },
+    ];
+    let (from, source_time) = slot(FULL);
+    let state = save(&mut driver(&from, &source_time, &[]), SaveMode::StopCopy).unwrap();
+    let mut destination = driver(&device, &time, &faults);
+    let failure = restore(&mut destination, &state).unwrap_err();
+    assert_first(&failure, State::RunningP2p);
+    assert_eq!((failure.standing, failure.resets()), (Standing::Quarantined, 1));
+    assert_eq!(failure.outcome, Outcome::StateLost);
+    assert!(destination.reinstate().is_err(), "RESUMING is not sound");
+    destination.reset().unwrap();
+    restore(&mut destination, &state).unwrap();
+}
+
+#[test]
+fn reads_and_writes_that_fail_end_the_session() {
+    let (device, time) = slot(FULL);
+    let digest = device.digest();
+    let mut source = driver(&device, &time, &[Fault::Read { after_bytes: 70_000, errno: EIO }]);
+    let failure = save(&mut source, SaveMode::PreCopy).unwrap_err();
+    assert!(matches!(failure.first, DeviceError::Os { call: Call::Read, .. }));
+    assert_eq!(
+        (failure.outcome, failure.resets(), failure.state),
+        (Outcome::Preserved, 0, Some(State::Running))
+    );
+    assert_eq!(device.digest(), digest);
+    let state = save(&mut source, SaveMode::StopCopy).unwrap();
+    drop(source);
+
+    let (device, time) = slot(FULL);
+    let mut destination =
+        driver(&device, &time, &[Fault::Write { after_bytes: 70_000, errno: libc::EFAULT }]);
+    let failure = restore(&mut destination, &state).unwrap_err();
+    assert!(matches!(failure.first, DeviceError::Os { call: Call::Write, .. }));
+    assert_eq!(
+        (failure.outcome, failure.resets(), failure.state),
+        (Outcome::StateLost, 1, Some(State::Running))
+    );
+    restore(&mut destination, &state).unwrap();
+}
+
+#[test]
+fn short_reads_are_not_the_end() {
+    let (device, time) = slot(FULL);
+    let whole = save(&mut driver(&device, &time, &[]), SaveMode::StopCopy).unwrap();
+    let mut short = driver(&device, &time, &[Fault::ShortReads { max_bytes: 7 }]);
+    assert!(save(&mut short, SaveMode::StopCopy).unwrap() == whole);
+}
+
+#[test]
+fn a_session_belongs_to_one_device_and_ends_once() {
+    let (first, time) = slot(FULL);
+    let (second, _) = slot(FULL);
+    let (mut one, mut other) = (driver(&first, &time, &[]), driver(&second, &time, &[]));
+    let mut session = one.begin_save(SaveMode::PreCopy).unwrap();
+    let refused = other.stop_copy(&mut session).unwrap_err();
+    assert!(matches!(refused.first, DeviceError::ForeignSession { .. }));
+    assert_eq!(other.state().unwrap(), State::Running, "the other device was not touched");
+    assert!(matches!(one.begin_restore().unwrap_err().first, DeviceError::Engaged { .. }));
+    assert_eq!(one.state().unwrap(), State::PreCopy, "nor was the one, which goes on");
+    one.stop_copy(&mut session).unwrap();
+    let unread = one.finish_save(session).unwrap_err();
+    assert!(matches!(unread.first, DeviceError::Undrained));
+    assert_eq!((unread.state, unread.outcome), (Some(State::Running), Outcome::Preserved));
+}
+
+#[test]
+fn resuming_is_not_left_without_the_seal_on_all_that_was_written() {
+    let (device, time) = slot(FULL);
+    let state = save(&mut driver(&device, &time, &[]), SaveMode::StopCopy).unwrap();
+    let mut destination = driver(&device, &time, &[]);
+
+    // The seal of another stream, of the same bytes.
+    let mut session = destination.begin_restore().unwrap();
+    let (mut own, mut other) = (Verifier::new(), Verifier::new());
+    session.write(&own.accept(Bytes::from(state.clone()))).unwrap();
+    let _elsewhere = other.accept(Bytes::from(state.clone()));
+    let foreign = other.finish(&seal_of(&state)).unwrap();
+    let failure = destination.verified(session, &foreign).unwrap_err();
+    assert!(matches!(failure.first, DeviceError::Uncovered { .. }));
+    assert_eq!((failure.resets(), failure.state), (1, Some(State::Running)));
+
+    // A chunk that was hashed and not written.
+    let mut session = destination.begin_restore().unwrap();
+    let mut verifier = Verifier::new();
+    let (head, tail) = state.split_at(10);
+    session.write(&verifier.accept(Bytes::copy_from_slice(head))).unwrap();
+    let skipped = verifier.accept(Bytes::copy_from_slice(&tail[..10]));
+    let after = verifier.accept(Bytes::copy_from_slice(&tail[10..]));
+    assert!(matches!(session.write(&after), Err(DeviceError::Misplaced { offset: 20, expected: 10 })));
+    assert!(matches!(session.write(&skipped), Err(DeviceError::Poisoned)), "an error is final");
+    let seal = verifier.finish(&seal_of(&state)).unwrap();
+    let failure = destination.verified(session, &seal).unwrap_err();
+    assert!(matches!(failure.first, DeviceError::Poisoned));
+    assert_eq!((failure.outcome, failure.state), (Outcome::StateLost, Some(State::Running)));
+}
+
+#[test]
+fn a_device_that_lies_about_where_it_is_has_failed() {
+    let (device, time) = slot(FULL);
+    let mut driver = driver(&device, &time, &[]);
+    let session = driver.begin_save(SaveMode::PreCopy).unwrap();
+    device.force_error();
+    let failure = driver.quiesce(&session).unwrap_err();
+    assert!(matches!(failure.first, DeviceError::Forbidden { .. }), "{failure}");
+    assert_eq!((failure.standing, failure.outcome), (Standing::Quarantined, Outcome::StateLost));
+}

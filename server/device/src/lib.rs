@@ -1,0 +1,43 @@
+//! What a migratable device is: the interface, the driver that moves it along its states, and its backends.
+//!
+//! ```text
+//!   caller -> operation -> DeviceLane -> Driver -> MigrationDevice <- kernel | sim
+//!              (a set)    (its thread)  (FSM plans)  (one call)
+//! ```
+//!
+//! Read in this order:
+//! 1. [`device`]: the interface every backend stands behind, and its rules;
+//! 2. [`driver`]: the sole executor of the state machine's plans; what happens when a SET fails;
+//! 3. [`lane`]: the device's own thread, and what a call that never returns costs;
+//! 4. [`sim`] and [`kernel`]: the backends.
+//!
+//! Synchronous throughout: no async runtime, no network. The one module with `unsafe` is `kernel::sys`.
+
+pub mod capabilities;
+pub mod config_space;
+pub mod device;
+pub mod dma_log;
+pub mod driver;
+pub mod error;
+pub mod executor;
+pub mod fault;
+pub mod identity;
+pub mod kernel;
+pub mod lane;
+pub mod operation;
+pub mod pool;
+pub mod seal;
+pub mod sim;
+pub mod state_file;
+
+pub use capabilities::{DataSize, DeviceCapabilities, PrecopyInfo};
+pub use config_space::{ConfigCapture, ConfigSpace, InterruptKind, PciCommand, Rearm};
+pub use device::{DataStream, MigrationDevice, Read, RestoreStream, SaveStream};
+pub use dma_log::{DirtyBitmap, DirtyReport, DmaLog, IovaRange};
+pub use driver::{Driver, Failure, Standing};
+pub use error::{Call, DeviceError, chain};
+pub use executor::{Clock, Executor, Inline, Lane, Threads};
+pub use identity::{Backend, Difference, Fingerprint, Identity};
+pub use lane::DeviceLane;
+pub use pool::ChunkPool;
+pub use seal::{Seal, VerifiedChunk, VerifiedSeal, Verifier};

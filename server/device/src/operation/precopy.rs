@@ -1,0 +1,154 @@
+//! When pre-copy has done enough: a pure decision.
+//!
+//! Pre-copy goes on while it makes the stop shorter. It ends when the downtime predicted from what is left and the
+//! measured rate fits the limit, or when its budget of time is spent; then the caller says whether to stop all the
+//! same or to give up.
+
+use std::time::Duration;
+
+use crate::{DataSize, PrecopyInfo};
+
+/// How long to pre-copy, and for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrecopyPolicy {
+    /// The device should be stopped no longer than this.
+    pub downtime_limit: Duration,
+    /// Pre-copy takes at most this long.
+    pub time_budget: Duration,
+    /// Stop the device when the budget is spent and the predicted downtime does not fit; otherwise give up, with the
+    /// device running on.
+    pub stop_over_limit: bool,
+}
+
+impl Default for PrecopyPolicy {
+    /// 300 ms of downtime, as QEMU's default; a minute of pre-copy; then stop all the same.
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            time_budget: Duration::from_mins(1),
+            stop_over_limit: true,
+        }
+    }
+}
+
+/// What is known when the decision is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Left {
+    /// What the device says is left to pre-copy, where it says.
+    pub precopy: Option<PrecopyInfo>,
+    /// What the device says a stop-copy would take from here.
+    pub stop_copy: DataSize,
+    /// Whether the device had nothing to hand out just now.
+    pub nothing_now: bool,
+    /// Bytes handed out so far.
+    pub copied_bytes: u64,
+    /// Time since pre-copy began.
+    pub elapsed: Duration,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// Go on.
+    Continue,
+    /// Stop the device and copy the rest.
+    CutOver,
+    /// Give up: the downtime would be over the limit.
+    GiveUp,
+}
+
+impl PrecopyPolicy {
+    /// Decides.
+    pub fn decide(&self, left: &Left) -> Decision {
+        let initial_done = left.precopy.map_or(left.nothing_now, |info| info.initial_bytes == 0);
+        let fits = left.predicted_downtime().is_some_and(|downtime| downtime <= self.downtime_limit);
+        if initial_done && (fits || self.cannot_be_told(left)) {
+            Decision::CutOver
+        } else if left.elapsed < self.time_budget {
+            Decision::Continue
+        } else if self.stop_over_limit {
+            Decision::CutOver
+        } else {
+            Decision::GiveUp
+        }
+    }
+
+    /// A device that does not say how much a stop takes: waiting longer brings no better knowledge. Where the caller
+    /// insists on the limit, unknown meets no limit.
+    fn cannot_be_told(&self, left: &Left) -> bool {
+        self.stop_over_limit && left.nothing_now && left.stop_copy == DataSize::Unknown
+    }
+}
+
+impl Left {
+    /// How long a stop would take from here at the rate measured so far. `None` where the device does not say how
+    /// much is left, or no rate is known yet.
+    pub fn predicted_downtime(&self) -> Option<Duration> {
+        // The device's data size may be the full size although most of it is copied; what is left to pre-copy says
+        // nothing about the part that only a stopped device hands out. Each alone is wrong: the size bounds from
+        // above, and what was copied and is not dirty again need not be copied twice.
+        let size = self.stop_copy.bytes()?;
+        let bytes = match self.precopy {
+            Some(info) => {
+                let dirty = info.initial_bytes.saturating_add(info.dirty_bytes);
+                size.saturating_sub(self.copied_bytes).max(dirty).min(size)
+            }
+            None => size,
+        };
+        if bytes == 0 {
+            return Some(Duration::ZERO);
+        }
+        if self.copied_bytes == 0 || self.elapsed.is_zero() {
+            return None;
+        }
+        let nanos = u128::from(bytes) * self.elapsed.as_nanos() / u128::from(self.copied_bytes);
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: PrecopyPolicy = PrecopyPolicy {
+        downtime_limit: Duration::from_millis(100),
+        time_budget: Duration::from_secs(10),
+        stop_over_limit: false,
+    };
+
+    fn left(initial: u64, dirty: u64, elapsed_ms: u64) -> Left {
+        Left {
+            precopy: Some(PrecopyInfo { initial_bytes: initial, dirty_bytes: dirty, reinit: false }),
+            stop_copy: DataSize::UpperBound(1000),
+            nothing_now: false,
+            copied_bytes: 1000,
+            elapsed: Duration::from_millis(elapsed_ms),
+        }
+    }
+
+    #[test]
+    fn cuts_over_when_the_rest_fits_the_limit() {
+        // 1000 bytes in 1 s: 100 bytes fit into 100 ms and 101 do not.
+        assert_eq!(POLICY.decide(&left(0, 100, 1000)), Decision::CutOver);
+        assert_eq!(POLICY.decide(&left(0, 101, 1000)), Decision::Continue);
+        assert_eq!(POLICY.decide(&left(1, 0, 1000)), Decision::Continue, "initial bytes are left");
+    }
+
+    #[test]
+    fn a_spent_budget_stops_or_gives_up_as_asked() {
+        assert_eq!(POLICY.decide(&left(0, 900, 9_999)), Decision::Continue);
+        assert_eq!(POLICY.decide(&left(0, 900, 10_000)), Decision::GiveUp);
+        let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
+        assert_eq!(stop.decide(&left(0, 900, 10_000)), Decision::CutOver);
+    }
+
+    #[test]
+    fn unknown_meets_no_limit_unless_allowed() {
+        let unknown =
+            Left { precopy: None, stop_copy: DataSize::Unknown, nothing_now: true, ..left(0, 0, 1000) };
+        assert_eq!(unknown.predicted_downtime(), None);
+        assert_eq!(POLICY.decide(&unknown), Decision::Continue);
+        let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
+        assert_eq!(stop.decide(&unknown), Decision::CutOver);
+    }
+}

@@ -1,0 +1,307 @@
+//! Sets of simulated devices through whole operations, with faults in one of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use vfio_checkpoint_fsm::{AfterSave, Capabilities, Cutover, Outcome, PlanRefusal, SaveRequest, State};
+
+use super::{BoxError, Cause, OperationError, PrecopyPolicy, StateSink, StateSource, restore, save};
+use crate::fault::{Fault, FaultyDevice};
+use crate::lane::DEFAULT_CALL_LIMIT;
+use crate::seal::SealHasher;
+use crate::sim::{SimConfig, SimDevice, Workload};
+use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, Inline, Rearm, Seal, Threads};
+
+const RESUME: SaveRequest = SaveRequest { pre_copy: true, cutover: Cutover::Auto, after: AfterSave::Resume };
+
+/// One node: a set of simulated devices on lanes of one executor.
+struct Node {
+    slots: Vec<SimDevice>,
+    lanes: Vec<DeviceLane>,
+}
+
+impl Node {
+    fn new(configs: &[SimConfig], faults: &[&[Fault]]) -> Self {
+        let inline = Inline::new(7);
+        let time = inline.time();
+        let executor: Arc<dyn Executor> = Arc::new(inline);
+        let slots: Vec<SimDevice> = configs
+            .iter()
+            .map(|config| SimDevice::new(config.clone(), Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap())
+            .collect();
+        let lanes = slots
+            .iter()
+            .enumerate()
+            .map(|(index, slot)| {
+                let faults = faults.get(index).copied().unwrap_or_default();
+                let device = FaultyDevice::new(Box::new(slot.open().unwrap()), faults, Arc::clone(&time));
+                let driver = Driver::new(Box::new(device));
+                DeviceLane::new(driver, Arc::clone(&executor), DEFAULT_CALL_LIMIT).unwrap()
+            })
+            .collect();
+        Self { slots, lanes }
+    }
+
+    fn digests(&self) -> Vec<[u8; 32]> {
+        self.slots.iter().map(SimDevice::digest).collect()
+    }
+
+    fn states(&self) -> Vec<State> {
+        self.lanes.iter().map(|lane| lane.call(Call::GetState, Driver::state).unwrap().unwrap()).collect()
+    }
+}
+
+fn configs(count: u64, change: impl Fn(&mut SimConfig)) -> Vec<SimConfig> {
+    (0..count)
+        .map(|index| {
+            let name = format!("sim{index}");
+            let mut config = SimConfig { name, seed: index, memory_bytes: 300_000, ..SimConfig::default() };
+            change(&mut config);
+            config
+        })
+        .collect()
+}
+
+#[derive(Default)]
+struct Memory {
+    blobs: Vec<Vec<u8>>,
+    at: Vec<usize>,
+    config: Vec<Option<ConfigCapture>>,
+    fail_after_bytes: Option<usize>,
+}
+
+impl Memory {
+    fn new(devices: usize) -> Self {
+        Self { blobs: vec![Vec::new(); devices], at: vec![0; devices], ..Self::default() }
+    }
+}
+
+impl StateSink for Memory {
+    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+        self.blobs[device].extend_from_slice(&bytes);
+        match self.fail_after_bytes {
+            Some(limit) if self.blobs[device].len() > limit => Err("the disk is full".into()),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        config.clone_into(&mut self.config);
+        Ok(())
+    }
+}
+
+impl StateSource for Memory {
+    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
+        let rest = &self.blobs[device][self.at[device]..];
+        let take = rest.len().min(70_000);
+        self.at[device] += take;
+        Ok((take > 0).then(|| Bytes::copy_from_slice(&rest[..take])))
+    }
+
+    fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
+        let mut hasher = SealHasher::new();
+        hasher.update(&self.blobs[device]);
+        Ok(hasher.seal())
+    }
+
+    fn config(&mut self, device: usize) -> Option<ConfigCapture> {
+        self.config[device]
+    }
+
+    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_set_arrives_on_other_devices() {
+    for pre_copy in [false, true] {
+        let source = Node::new(&configs(3, |_| ()), &[]);
+        let target = Node::new(&configs(3, |config| config.seed += 100), &[]);
+        let mut memory = Memory::new(3);
+        let report =
+            save(&source.lanes, SaveRequest { pre_copy, ..RESUME }, PrecopyPolicy::default(), &mut memory)
+                .unwrap();
+        assert_eq!((report.plan.pre_copy, report.plan.barrier), (pre_copy, true));
+        assert_eq!(report.precopy_bytes > 0, pre_copy);
+        assert_ne!(target.digests(), source.digests());
+        let restored = restore(&target.lanes, &mut memory).unwrap();
+        assert_eq!(restored.seals.iter().map(|seal| seal.bytes).collect::<Vec<_>>(), report.bytes);
+        assert_eq!(target.digests(), source.digests());
+        assert_eq!([source.states(), target.states()].concat(), [State::Running; 6]);
+    }
+}
+
+#[test]
+fn no_device_stops_before_all_are_quiesced_and_none_runs_freely_before_all_do_again() {
+    let source = Node::new(&configs(2, |_| ()), &[]);
+    let mut memory = Memory::new(2);
+    save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
+    let hops: Vec<Vec<String>> = source
+        .slots
+        .iter()
+        .map(|slot| slot.take_hops().iter().map(|hop| hop.arc.to_string()).collect())
+        .collect();
+    let each = [
+        "RUNNING -> PRE_COPY",
+        "PRE_COPY -> PRE_COPY_P2P",
+        "PRE_COPY_P2P -> STOP_COPY",
+        "STOP_COPY -> STOP",
+        "STOP -> RUNNING_P2P",
+        "RUNNING_P2P -> RUNNING",
+    ];
+    assert_eq!(hops, [each, each]);
+}
+
+#[test]
+fn a_set_without_p2p_on_all_is_refused_untouched() {
+    let mut mixed = configs(2, |_| ());
+    mixed[1].migration = Capabilities { p2p: false, pre_copy: true };
+    let node = Node::new(&mixed, &[]);
+    let refused = save(&node.lanes, RESUME, PrecopyPolicy::default(), &mut Memory::new(2)).unwrap_err();
+    assert!(matches!(refused, OperationError::Refused(PlanRefusal::PeerWithoutP2p { index: 1, devices: 2 })));
+    let refused = restore(&node.lanes, &mut Memory::new(2)).unwrap_err();
+    assert!(matches!(refused, OperationError::Refused(_)));
+    assert!(node.slots.iter().all(|slot| slot.take_hops().is_empty()));
+}
+
+fn failed(error: OperationError) -> (Cause, Outcome, Vec<String>) {
+    match error {
+        OperationError::Failed { cause, outcome, quarantined } => {
+            (cause, outcome, quarantined.into_iter().map(|device| device.name).collect())
+        }
+        OperationError::Refused(refusal) => panic!("refused: {refusal}"),
+    }
+}
+
+#[test]
+fn when_one_device_of_a_set_fails_to_save_all_run_on() {
+    let sets =
+        [State::PreCopy, State::PreCopyP2p, State::StopCopy, State::Stop, State::RunningP2p, State::Running];
+    for target in sets {
+        let source = Node::new(
+            &configs(3, |_| ()),
+            &[&[], &[Fault::Set { target, landing: State::Error, errno: libc::EIO }], &[]],
+        );
+        let before = source.digests();
+        let error = save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut Memory::new(3)).unwrap_err();
+        let (cause, outcome, quarantined) = failed(error);
+        assert!(matches!(&cause, Cause::Device { device, .. } if device.name == "sim1"), "{cause}");
+        assert_eq!((outcome, quarantined), (Outcome::StateLost, vec!["sim1".to_owned()]), "{target}");
+        for index in [0, 2] {
+            let state = source.lanes[index].call(Call::GetState, Driver::state).unwrap().unwrap();
+            assert_eq!((state, source.digests()[index]), (State::Running, before[index]), "{target}");
+        }
+    }
+}
+
+#[test]
+fn when_the_sink_fails_all_run_on_and_nothing_is_lost() {
+    let source = Node::new(&configs(2, |_| ()), &[]);
+    let before = source.digests();
+    let mut full = Memory { fail_after_bytes: Some(200_000), ..Memory::new(2) };
+    let (cause, outcome, quarantined) =
+        failed(save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut full).unwrap_err());
+    assert_eq!(cause.to_string(), "the disk is full");
+    assert_eq!((outcome, quarantined.len()), (Outcome::Preserved, 0));
+    assert_eq!((source.digests(), source.states()), (before, vec![State::Running; 2]));
+}
+
+#[test]
+fn when_one_device_of_a_set_fails_to_restore_none_runs_with_the_state() {
+    let source = Node::new(&configs(2, |_| ()), &[]);
+    let mut memory = Memory::new(2);
+    save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
+    let blank = Node::new(&configs(2, |config| config.seed += 100), &[]).digests();
+
+    // On entry the second device keeps what it had; later everything is reset. Both leave blank devices here.
+    for (target, landing) in
+        [(State::Resuming, State::Running), (State::Resuming, State::Stop), (State::RunningP2p, State::Stop)]
+    {
+        let faults: &[&[Fault]] = &[&[], &[Fault::Set { target, landing, errno: libc::EIO }]];
+        let node = Node::new(&configs(2, |config| config.seed += 100), faults);
+        memory.at = vec![0, 0];
+        let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory).unwrap_err());
+        assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 0));
+        assert_eq!((node.digests(), node.states()), (blank.clone(), vec![State::Running; 2]), "{target}");
+    }
+
+    // Past the point of no return a part of the set runs: nothing takes work until somebody decides.
+    let faults: &[&[Fault]] =
+        &[&[], &[Fault::Set { target: State::Running, landing: State::RunningP2p, errno: libc::EIO }]];
+    let node = Node::new(&configs(2, |config| config.seed += 100), faults);
+    memory.at = vec![0, 0];
+    let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory).unwrap_err());
+    assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 2));
+}
+
+#[test]
+fn a_busy_device_is_pre_copied_until_the_rest_fits_or_given_up() {
+    let busy = |config: &mut SimConfig| {
+        config.workload = Workload { dirty_bytes_per_second: 100_000, working_set_bytes: None };
+    };
+    let insist = PrecopyPolicy {
+        downtime_limit: Duration::ZERO,
+        time_budget: Duration::from_secs(1),
+        stop_over_limit: false,
+    };
+    let source = Node::new(&configs(1, busy), &[]);
+    let (cause, outcome, _) = failed(save(&source.lanes, RESUME, insist, &mut Memory::new(1)).unwrap_err());
+    assert!(matches!(cause, Cause::Device { failure: DeviceError::GivenUp { .. }, .. }), "{cause}");
+    assert_eq!((outcome, source.states()), (Outcome::Preserved, vec![State::Running]));
+
+    let source = Node::new(&configs(1, busy), &[]);
+    let mut memory = Memory::new(1);
+    let stop = PrecopyPolicy { stop_over_limit: true, ..insist };
+    let report =
+        save(&source.lanes, SaveRequest { after: AfterSave::StayStopped, ..RESUME }, stop, &mut memory)
+            .unwrap();
+    assert!(report.took >= Duration::from_secs(1));
+    assert_eq!(source.states(), [State::Stop]);
+    let target = Node::new(&configs(1, busy), &[]);
+    restore(&target.lanes, &mut memory).unwrap();
+    assert_eq!(target.slots[0].digest(), source.slots[0].digest());
+}
+
+#[test]
+fn a_call_that_never_returns_costs_its_device_and_nothing_else() {
+    let takes = DEFAULT_CALL_LIMIT + Duration::from_secs(1);
+    let slow: &[Fault] = &[Fault::SlowSet { target: State::StopCopy, takes }];
+    let source = Node::new(&configs(3, |_| ()), &[&[], slow, &[]]);
+    let request = SaveRequest { pre_copy: false, ..RESUME };
+    let (cause, _, quarantined) =
+        failed(save(&source.lanes, request, PrecopyPolicy::default(), &mut Memory::new(3)).unwrap_err());
+    assert!(matches!(cause, Cause::Device { failure: DeviceError::Hung { .. }, .. }), "{cause}");
+    assert_eq!(quarantined, ["sim1"]);
+    assert!(source.lanes[1].hung().is_some());
+    assert!(source.lanes[1].call(Call::GetState, Driver::state).is_err(), "it is never called again");
+    for index in [0, 2] {
+        assert_eq!(source.lanes[index].call(Call::GetState, Driver::state).unwrap().unwrap(), State::Running);
+    }
+}
+
+/// On real threads: the lane of a device that hangs is left alone, and another device is saved meanwhile.
+#[test]
+fn a_thread_that_never_returns_holds_up_nothing() {
+    let executor: Arc<dyn Executor> = Arc::new(Threads::new());
+    let lane = |name: &str, limit| {
+        let config = SimConfig { name: name.to_owned(), ..SimConfig::default() };
+        let slot = SimDevice::new(config, Arc::new(Threads::new())).unwrap();
+        let driver = Driver::new(Box::new(slot.open().unwrap()));
+        (DeviceLane::new(driver, Arc::clone(&executor), limit).unwrap(), slot)
+    };
+    let (stuck, _slot) = lane("stuck", Duration::from_millis(20));
+    let (release, until_released) = std::sync::mpsc::channel::<()>();
+    let hung = stuck.call(Call::Read, move |_| {
+        let _ = until_released.recv();
+    });
+    assert_eq!(hung.unwrap_err().call, Call::Read);
+    let (well, _slot) = lane("well", DEFAULT_CALL_LIMIT);
+    let mut memory = Memory::new(1);
+    save(&[well], RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
+    assert!(stuck.call(Call::GetState, Driver::state).is_err());
+    drop(release);
+    assert!(stuck.call(Call::GetState, Driver::state).is_err(), "also when the call returned after all");
+}
