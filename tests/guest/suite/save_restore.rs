@@ -1,0 +1,167 @@
+//! State moves from one real device to another: the registers are equal afterwards.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions};
+use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
+use vfio_checkpoint_device::operation::{BoxError, PrecopyPolicy, StateSink, StateSource, restore, save};
+use vfio_checkpoint_device::seal::SealHasher;
+use vfio_checkpoint_device::{
+    ConfigCapture, DeviceError, DeviceLane, Driver, Read, Rearm, SaveStream, Seal, Threads,
+};
+use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest, State};
+
+use crate::Test;
+use crate::facts::Facts;
+use crate::uart;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("save_restore::stop_copy_container", |facts| each_type(facts, KernelPath::Container, false)),
+    ("save_restore::stop_copy_iommufd", |facts| each_type(facts, KernelPath::Iommufd, false)),
+    ("save_restore::pre_copy_container", |facts| each_type(facts, KernelPath::Container, true)),
+    ("save_restore::pre_copy_iommufd", |facts| each_type(facts, KernelPath::Iommufd, true)),
+    ("save_restore::a_set_of_two_with_the_barrier", set_of_two),
+    ("save_restore::pre_copy_and_stop_copy_give_the_same_bytes", same_bytes),
+];
+
+/// Opens a device of the guest on a path.
+pub(crate) fn open(name: &str, path: KernelPath) -> KernelDevice {
+    let options = OpenOptions { path: Some(path), ..OpenOptions::default() };
+    KernelDevice::open(name, &options)
+        .unwrap_or_else(|error| panic!("opening {name} by {path}: {}", vfio_checkpoint_device::chain(&error)))
+}
+
+/// Reads a stop-copy stream to its end.
+pub(crate) fn read_all(stream: &mut dyn SaveStream) -> Result<Vec<u8>, DeviceError> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer)? {
+            Read::Bytes(bytes) => all.extend_from_slice(&buffer[..bytes]),
+            Read::Zero => return Ok(all),
+            Read::NothingNow => panic!("STOP_COPY has no \"nothing for now\""),
+        }
+    }
+}
+
+/// State of a set in memory: what the operations write to and read from.
+#[derive(Default)]
+pub(crate) struct Memory {
+    pub(crate) blobs: Vec<Vec<u8>>,
+    config: Vec<Option<ConfigCapture>>,
+    sealed: bool,
+    next: Vec<bool>,
+}
+
+impl Memory {
+    pub(crate) fn new(devices: usize) -> Self {
+        Self { blobs: vec![Vec::new(); devices], next: vec![false; devices], ..Self::default() }
+    }
+}
+
+impl StateSink for Memory {
+    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+        assert!(!self.sealed);
+        self.blobs[device].extend_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        config.clone_into(&mut self.config);
+        self.sealed = true;
+        Ok(())
+    }
+}
+
+impl StateSource for Memory {
+    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
+        let given = std::mem::replace(&mut self.next[device], true);
+        Ok((!given && !self.blobs[device].is_empty()).then(|| Bytes::copy_from_slice(&self.blobs[device])))
+    }
+
+    fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
+        let mut hasher = SealHasher::new();
+        hasher.update(&self.blobs[device]);
+        Ok(hasher.seal())
+    }
+
+    fn config(&mut self, device: usize) -> Option<ConfigCapture> {
+        self.config.get(device).copied().flatten()
+    }
+
+    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+/// Puts a duplicate of a device on a lane; the device itself stays with the test, to look at its registers.
+pub(crate) fn lane(device: &KernelDevice) -> DeviceLane {
+    let fds = device.duplicate_fds().expect("duplicates");
+    let identity = device.opened().identity().clone();
+    let duplicate = KernelDevice::from_fds(fds, identity).expect("an adopted device");
+    let driver = Driver::new(Box::new(duplicate));
+    DeviceLane::new(driver, Arc::new(Threads::new()), DEFAULT_CALL_LIMIT).expect("a lane")
+}
+
+fn request(pre_copy: bool) -> SaveRequest {
+    SaveRequest { pre_copy, cutover: Cutover::Auto, after: AfterSave::Resume }
+}
+
+fn each_type(facts: &Facts, path: KernelPath, pre_copy: bool) {
+    for (uuids, ports, size) in [(&facts.mtty1, 1, 60), (&facts.mtty2, 2, 96)] {
+        let (source, destination) = (open(&uuids[0], path), open(&uuids[1], path));
+        uart::program(&source, ports, 11);
+        uart::program(&destination, ports, 99);
+        let before = uart::registers(&source, ports);
+        assert_ne!(uart::registers(&destination, ports), before);
+
+        let mut memory = Memory::new(1);
+        let report =
+            save(&[lane(&source)], request(pre_copy), PrecopyPolicy::default(), &mut memory).expect("a save");
+        assert_eq!(report.bytes, [size]);
+        assert_eq!(report.precopy_bytes, if pre_copy { 24 } else { 0 }, "mtty pre-copies its header");
+        assert_eq!(uart::registers(&source, ports), before, "the source runs on with its state");
+
+        restore(&[lane(&destination)], &mut memory).expect("a restore");
+        assert_eq!(uart::registers(&destination, ports), before);
+    }
+}
+
+fn set_of_two(facts: &Facts) {
+    let path = KernelPath::Iommufd;
+    let sources = [open(&facts.mtty1[0], path), open(&facts.mtty1[1], path)];
+    let destinations = [open(&facts.mtty1[2], path), open(&facts.mtty1[3], path)];
+    for (device, seed) in sources.iter().zip([21, 22]) {
+        uart::program(device, 1, seed);
+    }
+    let before: Vec<_> = sources.iter().map(|device| uart::registers(device, 1)).collect();
+
+    let mut memory = Memory::new(2);
+    let lanes = [lane(&sources[0]), lane(&sources[1])];
+    let report = save(&lanes, request(true), PrecopyPolicy::default(), &mut memory).expect("a save");
+    assert!(report.plan.barrier && report.plan.pre_copy);
+    let lanes = [lane(&destinations[0]), lane(&destinations[1])];
+    restore(&lanes, &mut memory).expect("a restore");
+    let after: Vec<_> = destinations.iter().map(|device| uart::registers(device, 1)).collect();
+    assert_eq!(after, before);
+}
+
+fn same_bytes(facts: &Facts) {
+    let device = open(&facts.mtty2[0], KernelPath::Container);
+    uart::program(&device, 2, 5);
+    let blobs = [false, true].map(|pre_copy| {
+        let mut memory = Memory::new(1);
+        save(&[lane(&device)], request(pre_copy), PrecopyPolicy::default(), &mut memory).expect("a save");
+        memory.blobs.remove(0)
+    });
+    assert_eq!(blobs[0], blobs[1]);
+    let mut driver = lane(&device);
+    let state = driver_state(&mut driver);
+    assert_eq!(state, State::Running);
+}
+
+fn driver_state(lane: &mut DeviceLane) -> State {
+    let state = lane.call(vfio_checkpoint_device::Call::GetState, Driver::state);
+    state.expect("a lane that answers").expect("a state")
+}

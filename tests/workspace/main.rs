@@ -1,0 +1,102 @@
+//! Dependencies point one way. What a crate of this workspace may use is a table here; anything else is a failure.
+//!
+//! ```text
+//!   fsm <- device <- server        proto <- client <- server        store <- client, server        tests -> all
+//! ```
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test: the helpers outside #[test] functions assert by panicking, too"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// For each crate of the workspace: the workspace crates it may depend on.
+const ALLOWED: [(&str, &[&str]); 3] = [
+    ("vfio-checkpoint-fsm", &[]),
+    ("vfio-checkpoint-device", &["vfio-checkpoint-fsm"]),
+    ("vfio-checkpoint-tests", &["vfio-checkpoint-fsm", "vfio-checkpoint-device"]),
+];
+
+/// For each crate that is synchronous and offline by design: what must not be anywhere below it.
+const NEVER_BELOW: [(&str, &[&str]); 2] = [
+    ("vfio-checkpoint-fsm", &["tokio", "tonic", "prost", "libc", "rustix"]),
+    ("vfio-checkpoint-device", &["tokio", "tonic", "prost", "kvm-ioctls", "vfio-checkpoint-proto"]),
+];
+
+struct Metadata {
+    members: BTreeSet<String>,
+    /// Normal and build dependencies by crate name, one level.
+    edges: BTreeMap<String, BTreeSet<String>>,
+}
+
+fn metadata() -> Metadata {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--locked", "--filter-platform=x86_64-unknown-linux-gnu"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+    let value: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+
+    let packages = value["packages"].as_array().expect("packages");
+    let names: BTreeMap<&str, &str> =
+        packages.iter().map(|p| (p["id"].as_str().unwrap(), p["name"].as_str().unwrap())).collect();
+    let member_ids = value["workspace_members"].as_array().expect("members");
+    let members = member_ids.iter().map(|id| names[id.as_str().unwrap()].to_owned()).collect();
+
+    let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for node in value["resolve"]["nodes"].as_array().expect("nodes") {
+        let from = names[node["id"].as_str().unwrap()].to_owned();
+        let below = edges.entry(from).or_default();
+        for dependency in node["deps"].as_array().expect("deps") {
+            let kinds = dependency["dep_kinds"].as_array().expect("kinds");
+            if kinds.iter().any(|kind| kind["kind"] != "dev") {
+                below.insert(names[dependency["pkg"].as_str().unwrap()].to_owned());
+            }
+        }
+    }
+    Metadata { members, edges }
+}
+
+fn all_below(edges: &BTreeMap<String, BTreeSet<String>>, root: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(name) = open.pop() {
+        for below in edges.get(&name).into_iter().flatten() {
+            if found.insert(below.clone()) {
+                open.push(below.clone());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn workspace_edges_point_one_way() {
+    let metadata = metadata();
+    let known: BTreeSet<String> = ALLOWED.iter().map(|(name, _)| (*name).to_owned()).collect();
+    assert_eq!(metadata.members, known, "every workspace crate has a line in ALLOWED");
+    for (name, allowed) in ALLOWED {
+        let used: Vec<&str> = metadata.edges[name]
+            .iter()
+            .map(String::as_str)
+            .filter(|below| known.contains(*below) && !allowed.contains(below))
+            .collect();
+        assert!(used.is_empty(), "{name} must not depend on {used:?}");
+    }
+}
+
+#[test]
+fn the_core_stays_synchronous_and_offline() {
+    let metadata = metadata();
+    for (name, never) in NEVER_BELOW {
+        let below = all_below(&metadata.edges, name);
+        let found: Vec<&&str> = never.iter().filter(|banned| below.contains(**banned)).collect();
+        assert!(found.is_empty(), "{name} must not have {found:?} below it");
+    }
+}
