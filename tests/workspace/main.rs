@@ -1,4 +1,4 @@
-//! Dependencies point one way. What a crate of this workspace may use is a table here; anything else is a failure.
+//! The house rules that a compiler does not check. Dependencies point one way. What a crate of this workspace may use is a table here; anything else is a failure.
 //!
 //! ```text
 //!   fsm <- device <- server        proto <- client <- server        store <- client, server        tests -> all
@@ -11,6 +11,8 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -99,4 +101,26 @@ fn the_core_stays_synchronous_and_offline() {
         let found: Vec<&&str> = never.iter().filter(|banned| below.contains(**banned)).collect();
         assert!(found.is_empty(), "{name} must not have {found:?} below it");
     }
+}
+
+/// The one module that may hold `unsafe`, from the workspace's root. Its own modules inherit the leave.
+const UNSAFE: &str = "server/device/src/kernel/sys.rs";
+
+#[test]
+fn one_module_opts_in_to_unsafe() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
+    let mut open = vec![root.join("server"), root.join("tests")];
+    let mut opted_in = Vec::new();
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).expect("a folder").map(|entry| entry.expect("an entry").path()));
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).expect("source text");
+            // In two parts, so that this file does not name itself.
+            if text.replace(concat!("forbid(unsafe", "_code)"), "").contains(concat!("unsafe", "_code")) {
+                opted_in.push(path.strip_prefix(root).expect("below the root").display().to_string());
+            }
+        }
+    }
+    assert_eq!(opted_in, [UNSAFE]);
 }

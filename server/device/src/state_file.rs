@@ -36,6 +36,9 @@ const PREFIX_BYTES: u64 = 8 + 4;
 const SUFFIX_BYTES: u64 = 4 + 32 + 8;
 /// Longest header or trailer that is read, 64 KiB: both are a few hundred bytes.
 const MAX_META_BYTES: u32 = 64 << 10;
+/// How much is written between two syncs, 64 MiB. The device is stopped during the last one: all before it must be on
+/// the disk by then, or the downtime is the time that the disk takes for the whole file.
+const SYNC_BYTES: u64 = 64 << 20;
 /// How much state is read at a time, 1 MiB.
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -100,7 +103,15 @@ pub enum StateFileError {
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateFileError {
-    move |source| StateFileError::Io { action, path: path.to_owned(), source }
+    move |error| {
+        // An error that was wrapped names a temporary file, which means nothing to whoever reads it: only its kind is
+        // told.
+        let source = match error.raw_os_error() {
+            Some(_) => error,
+            None => error.kind().into(),
+        };
+        StateFileError::Io { action, path: path.to_owned(), source }
+    }
 }
 
 /// A state file being written. Dropped before [`finish`](Self::finish), it leaves nothing behind.
@@ -111,6 +122,7 @@ pub struct StateFileWriter {
     file: NamedTempFile,
     check: blake3::Hasher,
     seal: SealHasher,
+    synced_bytes: u64,
 }
 
 impl StateFileWriter {
@@ -131,13 +143,18 @@ impl StateFileWriter {
             check.update(part);
             file.write_all(part).map_err(io_error("writing", path))?;
         }
-        Ok(Self { path: path.to_owned(), replace, file, check, seal: SealHasher::new() })
+        Ok(Self { path: path.to_owned(), replace, file, check, seal: SealHasher::new(), synced_bytes: 0 })
     }
 
     /// Writes the next bytes of the state.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), StateFileError> {
         self.seal.update(bytes);
-        self.file.write_all(bytes).map_err(io_error("writing", &self.path))
+        self.file.write_all(bytes).map_err(io_error("writing", &self.path))?;
+        if self.seal.bytes() - self.synced_bytes >= SYNC_BYTES {
+            self.file.as_file().sync_data().map_err(io_error("syncing", &self.path))?;
+            self.synced_bytes = self.seal.bytes();
+        }
+        Ok(())
     }
 
     /// Bytes of state written so far.

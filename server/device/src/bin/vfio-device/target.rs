@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use vfio_checkpoint_device::kernel::discovery::{Blocker, SysRoots, find};
+use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, SysRoots, find};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions, facts};
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
 use vfio_checkpoint_device::sim::{SimConfig, SimDevice, Workload};
-use vfio_checkpoint_device::{Clock, DeviceLane, Driver, Fingerprint, MigrationDevice, Threads, chain};
+use vfio_checkpoint_device::{
+    Clock, DeviceLane, Driver, Fingerprint, Identity, MigrationDevice, Threads, chain,
+};
 
 use crate::args::Common;
 use crate::failure::CommandFailure;
@@ -36,6 +38,18 @@ impl Target {
                 Ok(Self::Sim(device))
             }
             None => Ok(Self::Kernel { name: name.to_owned(), path: common.via.map(Into::into) }),
+        }
+    }
+
+    /// Which device it is, without opening it.
+    pub(crate) fn identity(&self) -> Result<Identity, CommandFailure> {
+        match self {
+            Self::Kernel { name, .. } => {
+                let device = check(name)?;
+                facts::identity(&device)
+                    .ok_or_else(|| CommandFailure::blocked(format!("{name} is bound to no driver")))
+            }
+            Self::Sim(device) => Ok(device.identity().clone()),
         }
     }
 
@@ -74,10 +88,10 @@ impl Target {
 }
 
 /// Everything that stands in the way, told at once.
-fn check(name: &str) -> Result<(), CommandFailure> {
+fn check(name: &str) -> Result<Discovered, CommandFailure> {
     let device = find(&SysRoots::default(), name).map_err(|error| CommandFailure::blocked(chain(&error)))?;
     let blockers: Vec<String> = device.blockers().iter().map(Blocker::to_string).collect();
-    if blockers.is_empty() { Ok(()) } else { Err(CommandFailure::blocked(blockers.join("\n  "))) }
+    if blockers.is_empty() { Ok(device) } else { Err(CommandFailure::blocked(blockers.join("\n  "))) }
 }
 
 fn sim_config(settings: &str) -> Result<SimConfig, CommandFailure> {

@@ -10,7 +10,7 @@ use vfio_checkpoint_device::operation::{self, BoxError, PrecopyPolicy, StateSink
 use vfio_checkpoint_device::seal::Seal;
 use vfio_checkpoint_device::sim::SimDevice;
 use vfio_checkpoint_device::state_file::{Header, StateFile, StateFileError, StateFileWriter};
-use vfio_checkpoint_device::{Call, ConfigCapture, DataSize, Identity, Rearm, chain};
+use vfio_checkpoint_device::{Call, ConfigCapture, DataSize, Driver, Identity, Rearm, chain};
 use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest};
 
 use crate::args::{Output, Restore, Save};
@@ -48,20 +48,13 @@ struct Restored {
 
 pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
     let target = Target::parse(&arguments.device, &arguments.common)?;
-    if !arguments.replace && arguments.file.symlink_metadata().is_ok() {
-        let file = arguments.file.display();
-        return Err(CommandFailure::blocked(format!(
-            "{file} exists already; name another file, or say --replace"
-        )));
-    }
-    let opened = target.open()?;
-    let (fingerprint, size) = opened
-        .lane
-        .call(Call::DataSize, |driver| (driver.fingerprint().clone(), driver.data_size()))
-        .map_err(|hung| CommandFailure::failed(&hung))?;
-    let header = Header { device: opened.lane.identity().clone(), fingerprint };
+    // Before the device is opened, which resets it: whatever is wrong with the file must cost nothing.
+    let header = Header { device: target.identity()?, fingerprint: target.fingerprint()? };
     let writer = StateFileWriter::create(&arguments.file, &header, arguments.replace)
-        .map_err(|error| CommandFailure::failed(&error))?;
+        .map_err(|error| CommandFailure::blocked(chain(&error)))?;
+    let opened = target.open()?;
+    let size =
+        opened.lane.call(Call::DataSize, Driver::data_size).map_err(|hung| CommandFailure::failed(&hung))?;
     let progress = progress("saving", size.ok().and_then(DataSize::bytes));
     let mut sink = FileSink { writer: Some(writer), seal: None, progress, sim: opened.sim, digest: None };
 
