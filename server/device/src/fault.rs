@@ -13,8 +13,8 @@ use vfio_checkpoint_fsm::State;
 
 use crate::executor::VirtualTime;
 use crate::{
-    Call, ConfigSpace, DataSize, DataStream, DeviceCapabilities, DeviceError, DmaLog, Fingerprint, Identity,
-    MigrationDevice, PrecopyInfo, Read, RestoreStream, SaveStream,
+    Call, ConfigSpace, DataSize, DataStream, DeviceCapabilities, DeviceError, DmaLog, Executor, Fingerprint,
+    Identity, Inline, MigrationDevice, PrecopyInfo, Read, RestoreStream, SaveStream,
 };
 
 /// One thing that goes wrong, once.
@@ -29,6 +29,13 @@ pub enum Fault {
         /// What the SET answers.
         errno: i32,
     },
+    /// The next SET to `target` answers success and leaves the device in `landing`.
+    Lie {
+        /// The SET that lies.
+        target: State,
+        /// Where the device stands afterwards.
+        landing: State,
+    },
     /// The next read-back fails.
     Get {
         /// What it answers.
@@ -39,32 +46,86 @@ pub enum Fault {
         /// What it answers.
         errno: i32,
     },
-    /// The read that would pass this offset of a save stream fails.
+    /// The read that would pass this offset of a save stream fails. EINTR is not the end of a session, all else is.
     Read {
         /// Bytes that are read before.
         after_bytes: u64,
         /// What the read answers.
         errno: i32,
     },
+    /// The read that would pass this offset of a save stream, and some more after it, answer ENOMSG.
+    NothingNow {
+        /// Bytes that are read before.
+        after_bytes: u64,
+        /// How many reads answer so.
+        times: u32,
+    },
     /// Every read of a save stream brings at most this many bytes, from now on.
     ShortReads {
         /// At least 1.
         max_bytes: usize,
     },
-    /// The write that would pass this offset of a restore stream fails. The device takes the bytes before it.
+    /// The write that would pass this offset of a restore stream fails. The device takes none of its bytes.
     Write {
         /// Bytes that are written before.
         after_bytes: u64,
         /// What the write answers.
         errno: i32,
     },
-    /// The next SET to `target` takes this long, in virtual time, before it does its work.
-    SlowSet {
-        /// The SET that is slow.
-        target: State,
+    /// Every write to a restore stream takes at most this many bytes, from now on.
+    ShortWrites {
+        /// At least 1.
+        max_bytes: usize,
+    },
+    /// The device falls into ERROR by itself once a stream has carried this many bytes: only a reset leads out.
+    SuddenError {
+        /// Bytes that are read or written before.
+        after_bytes: u64,
+    },
+    /// The next question for what is left to pre-copy is answered with new initial data, although none is there.
+    Reinit {
+        /// What it claims is left.
+        initial_bytes: u64,
+    },
+    /// The next such call takes this long, in virtual time, before it does its work.
+    Slow {
+        /// The call that is slow: a SET, a read, a write or a reset.
+        call: Call,
         /// How long it takes.
         takes: Duration,
     },
+}
+
+impl Fault {
+    /// Some faults, at most `most`, drawn from `seed`: the same ones for the same seed. Offsets are below
+    /// `stream_bytes`.
+    pub fn draw(seed: u64, most: u32, stream_bytes: u64) -> Vec<Self> {
+        let random = Inline::new(seed);
+        let below = |bound: u64| random.random() % bound.max(1);
+        let count = below(u64::from(most) + 1);
+        (0..count)
+            .map(|_| {
+                let state = |random: u64| State::ALL[usize::try_from(random % 8).unwrap_or(0)];
+                let errno = [libc::EIO, libc::EINVAL, libc::ENOMEM, libc::ETIMEDOUT, libc::EBUSY]
+                    [usize::try_from(below(5)).unwrap_or(0)];
+                let (target, landing) = (state(below(8)), state(below(8)));
+                let after_bytes = below(stream_bytes);
+                let max_bytes = usize::try_from(1 + below(5000)).unwrap_or(1);
+                match below(12) {
+                    0..=2 => Self::Set { target, landing, errno },
+                    3 => Self::Lie { target, landing },
+                    4 => Self::Get { errno },
+                    5 => Self::Reset { errno },
+                    6 => Self::Read { after_bytes, errno: if below(2) == 0 { libc::EINTR } else { errno } },
+                    7 => Self::NothingNow { after_bytes, times: 3 },
+                    8 => Self::ShortReads { max_bytes },
+                    9 => Self::Write { after_bytes, errno: if below(2) == 0 { libc::EINTR } else { errno } },
+                    10 => Self::ShortWrites { max_bytes },
+                    _ => Self::SuddenError { after_bytes },
+                }
+            })
+            .collect()
+    }
 }
 
 /// A device with faults in front of it.
@@ -81,6 +142,9 @@ struct Shared {
     /// The device fell into ERROR: only a reset leads out.
     in_error: bool,
     max_read_bytes: usize,
+    max_write_bytes: usize,
+    /// Reads that still answer ENOMSG.
+    nothing_now: u32,
 }
 
 impl Shared {
@@ -89,18 +153,59 @@ impl Shared {
         let index = self.faults.iter().position(strikes)?;
         self.faults.remove(index)
     }
+
+    /// How long `wanted` takes before it begins.
+    fn delay(&mut self, wanted: Call) -> Option<Duration> {
+        match self.take(|fault| matches!(fault, Fault::Slow { call, .. } if *call == wanted))? {
+            Fault::Slow { takes, .. } => Some(takes),
+            Fault::Set { .. }
+            | Fault::Lie { .. }
+            | Fault::Get { .. }
+            | Fault::Reset { .. }
+            | Fault::Read { .. }
+            | Fault::NothingNow { .. }
+            | Fault::ShortReads { .. }
+            | Fault::Write { .. }
+            | Fault::ShortWrites { .. }
+            | Fault::SuddenError { .. }
+            | Fault::Reinit { .. } => None,
+        }
+    }
+
+    /// Whether a stream that will have carried `end` bytes drops the device into ERROR first.
+    fn falls(&mut self, end: u64) -> bool {
+        let falls = self
+            .take(|fault| matches!(fault, Fault::SuddenError { after_bytes } if *after_bytes < end))
+            .is_some();
+        self.in_error |= falls;
+        falls
+    }
 }
 
 impl FaultyDevice {
     /// Puts `faults` in front of `inner`. `time` is the clock that slow calls move.
     pub fn new(inner: Box<dyn MigrationDevice>, faults: &[Fault], time: Arc<VirtualTime>) -> Self {
-        let max_read_bytes = usize::MAX;
-        let shared = Shared { faults: faults.iter().copied().collect(), in_error: false, max_read_bytes };
+        let shared = Shared {
+            faults: faults.iter().copied().collect(),
+            in_error: false,
+            max_read_bytes: usize::MAX,
+            max_write_bytes: usize::MAX,
+            nothing_now: 0,
+        };
         Self { inner, shared: Arc::new(Mutex::new(shared)), time }
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
         lock(&self.shared)
+    }
+
+    /// Leaves the device in `landing`, as far as it can get there; a stream that this opens is lost with the SET.
+    fn land(&mut self, landing: State) {
+        if landing == State::Error {
+            self.shared().in_error = true;
+        } else if self.inner.state().is_ok_and(|state| state != landing) {
+            drop(self.inner.set_state(landing));
+        }
     }
 }
 
@@ -133,27 +238,32 @@ impl MigrationDevice for FaultyDevice {
 
     fn set_state(&mut self, wanted: State) -> Result<Option<DataStream>, DeviceError> {
         let call = Call::SetState(wanted);
-        let mut shared = self.shared();
-        if shared.in_error {
-            return Err(DeviceError::errno(call, libc::EINVAL));
-        }
-        let slow = shared.take(|fault| matches!(fault, Fault::SlowSet { target, .. } if *target == wanted));
-        let failing = shared.take(|fault| matches!(fault, Fault::Set { target, .. } if *target == wanted));
-        drop(shared);
-        if let Some(Fault::SlowSet { takes, .. }) = slow {
+        let (delay, failing) = {
+            let mut shared = self.shared();
+            let delay = shared.delay(call);
+            let strikes = |fault: &Fault| matches!(fault, Fault::Set { target, .. } | Fault::Lie { target, .. } if *target == wanted);
+            (delay, shared.take(strikes))
+        };
+        if let Some(takes) = delay {
             self.time.advance(takes);
         }
-        let Some(Fault::Set { landing, errno, .. }) = failing else {
-            let stream = self.inner.set_state(wanted)?;
-            return Ok(stream.map(|stream| wrap(stream, &self.shared)));
-        };
-        if landing == State::Error {
-            self.shared().in_error = true;
-        } else if self.inner.state()? != landing {
-            // The stream that this may open is lost with the failed SET, as it is in the kernel.
-            drop(self.inner.set_state(landing)?);
+        if self.shared().in_error {
+            return Err(DeviceError::errno(call, libc::EINVAL));
         }
-        Err(DeviceError::errno(call, errno))
+        match failing {
+            Some(Fault::Set { landing, errno, .. }) => {
+                self.land(landing);
+                Err(DeviceError::errno(call, errno))
+            }
+            Some(Fault::Lie { landing, .. }) => {
+                self.land(landing);
+                Ok(None)
+            }
+            Some(_) | None => {
+                let stream = self.inner.set_state(wanted)?;
+                Ok(stream.map(|stream| wrap(stream, &self.shared, &self.time)))
+            }
+        }
     }
 
     fn data_size(&mut self) -> Result<DataSize, DeviceError> {
@@ -161,6 +271,10 @@ impl MigrationDevice for FaultyDevice {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        let delay = self.shared().delay(Call::Reset);
+        if let Some(takes) = delay {
+            self.time.advance(takes);
+        }
         let fault = self.shared().take(|fault| matches!(fault, Fault::Reset { .. }));
         if let Some(Fault::Reset { errno }) = fault {
             return Err(DeviceError::errno(Call::Reset, errno));
@@ -179,12 +293,14 @@ impl MigrationDevice for FaultyDevice {
     }
 }
 
-fn wrap(stream: DataStream, shared: &Arc<Mutex<Shared>>) -> DataStream {
-    let shared = Arc::clone(shared);
+fn wrap(stream: DataStream, shared: &Arc<Mutex<Shared>>, time: &Arc<VirtualTime>) -> DataStream {
+    let (shared, time) = (Arc::clone(shared), Arc::clone(time));
     match stream {
-        DataStream::Save(inner) => DataStream::Save(Box::new(FaultySave { inner, shared, read_bytes: 0 })),
+        DataStream::Save(inner) => {
+            DataStream::Save(Box::new(FaultySave { inner, shared, time, read_bytes: 0 }))
+        }
         DataStream::Restore(inner) => {
-            DataStream::Restore(Box::new(FaultyRestore { inner, shared, written_bytes: 0 }))
+            DataStream::Restore(Box::new(FaultyRestore { inner, shared, time, written_bytes: 0 }))
         }
     }
 }
@@ -193,12 +309,16 @@ fn wrap(stream: DataStream, shared: &Arc<Mutex<Shared>>) -> DataStream {
 struct FaultySave {
     inner: Box<dyn SaveStream>,
     shared: Arc<Mutex<Shared>>,
+    time: Arc<VirtualTime>,
     read_bytes: u64,
 }
 
 impl SaveStream for FaultySave {
     fn read(&mut self, buffer: &mut [u8]) -> Result<Read, DeviceError> {
         let mut shared = lock(&self.shared);
+        if let Some(takes) = shared.delay(Call::Read) {
+            self.time.advance(takes);
+        }
         if let Some(Fault::ShortReads { max_bytes }) =
             shared.take(|fault| matches!(fault, Fault::ShortReads { .. }))
         {
@@ -206,12 +326,24 @@ impl SaveStream for FaultySave {
         }
         let length = buffer.len().min(shared.max_read_bytes);
         let end = self.read_bytes.saturating_add(length as u64);
-        let struck =
-            shared.take(|fault| matches!(fault, Fault::Read { after_bytes, .. } if *after_bytes < end));
-        drop(shared);
-        if let Some(Fault::Read { errno, .. }) = struck {
+        if shared.falls(end) || shared.in_error {
+            return Err(DeviceError::errno(Call::Read, libc::EIO));
+        }
+        if let Some(Fault::Read { errno, .. }) =
+            shared.take(|fault| matches!(fault, Fault::Read { after_bytes, .. } if *after_bytes < end))
+        {
             return Err(DeviceError::errno(Call::Read, errno));
         }
+        if let Some(Fault::NothingNow { times, .. }) =
+            shared.take(|fault| matches!(fault, Fault::NothingNow { after_bytes, .. } if *after_bytes < end))
+        {
+            shared.nothing_now = times;
+        }
+        if shared.nothing_now > 0 {
+            shared.nothing_now -= 1;
+            return Ok(Read::NothingNow);
+        }
+        drop(shared);
         let read = self.inner.read(&mut buffer[..length])?;
         if let Read::Bytes(bytes) = read {
             self.read_bytes = self.read_bytes.saturating_add(bytes as u64);
@@ -220,7 +352,12 @@ impl SaveStream for FaultySave {
     }
 
     fn precopy_info(&mut self) -> Result<PrecopyInfo, DeviceError> {
-        self.inner.precopy_info()
+        let info = self.inner.precopy_info()?;
+        let struck = lock(&self.shared).take(|fault| matches!(fault, Fault::Reinit { .. }));
+        Ok(match struck {
+            Some(Fault::Reinit { initial_bytes }) => PrecopyInfo { initial_bytes, reinit: true, ..info },
+            Some(_) | None => info,
+        })
     }
 }
 
@@ -228,18 +365,33 @@ impl SaveStream for FaultySave {
 struct FaultyRestore {
     inner: Box<dyn RestoreStream>,
     shared: Arc<Mutex<Shared>>,
+    time: Arc<VirtualTime>,
     written_bytes: u64,
 }
 
 impl RestoreStream for FaultyRestore {
     fn write(&mut self, bytes: &[u8]) -> Result<usize, DeviceError> {
-        let end = self.written_bytes.saturating_add(bytes.len() as u64);
-        let struck = lock(&self.shared)
-            .take(|fault| matches!(fault, Fault::Write { after_bytes, .. } if *after_bytes < end));
-        if let Some(Fault::Write { errno, .. }) = struck {
+        let mut shared = lock(&self.shared);
+        if let Some(takes) = shared.delay(Call::Write) {
+            self.time.advance(takes);
+        }
+        if let Some(Fault::ShortWrites { max_bytes }) =
+            shared.take(|fault| matches!(fault, Fault::ShortWrites { .. }))
+        {
+            shared.max_write_bytes = max_bytes.max(1);
+        }
+        let length = bytes.len().min(shared.max_write_bytes);
+        let end = self.written_bytes.saturating_add(length as u64);
+        if shared.falls(end) || shared.in_error {
+            return Err(DeviceError::errno(Call::Write, libc::EIO));
+        }
+        if let Some(Fault::Write { errno, .. }) =
+            shared.take(|fault| matches!(fault, Fault::Write { after_bytes, .. } if *after_bytes < end))
+        {
             return Err(DeviceError::errno(Call::Write, errno));
         }
-        let taken = self.inner.write(bytes)?;
+        drop(shared);
+        let taken = self.inner.write(&bytes[..length])?;
         self.written_bytes = self.written_bytes.saturating_add(taken as u64);
         Ok(taken)
     }

@@ -40,7 +40,11 @@ impl RestoreSession {
         }
         let mut rest = &chunk.bytes()[..];
         while !rest.is_empty() {
-            let taken = self.stream.write(rest).inspect_err(|_| self.poisoned = true)?;
+            let taken = match self.stream.write(rest) {
+                // Interrupted before a byte was taken: nothing happened.
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
+                taken => taken.inspect_err(|_| self.poisoned = true)?,
+            };
             if taken == 0 || taken > rest.len() {
                 self.poisoned = true;
                 return Err(DeviceError::errno(Call::Write, libc::EIO));

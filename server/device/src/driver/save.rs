@@ -61,7 +61,12 @@ impl SaveSession {
         let mut chunk = pool.take();
         let mut ended = false;
         while !chunk.is_full() {
-            match (self.stream.read(chunk.unfilled_mut())?, self.phase) {
+            let read = match self.stream.read(chunk.unfilled_mut()) {
+                // Interrupted before a byte was read: nothing happened.
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => continue,
+                read => read?,
+            };
+            match (read, self.phase) {
                 (Read::Bytes(bytes), _) => {
                     chunk.advance(bytes);
                     self.read_bytes = self.read_bytes.saturating_add(bytes as u64);

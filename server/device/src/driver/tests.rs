@@ -2,6 +2,7 @@
 //! device in. Expected trajectories are snapshots; what must hold for all of them is asserted.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -136,6 +137,15 @@ fn tell(report: &mut String, title: &str, failure: &Failure) {
     .unwrap();
 }
 
+/// Says how many trajectories the snapshot holds, past the test harness, which keeps what a passing test prints.
+fn figure(operation: &str, report: &str) {
+    let trajectories = report.lines().count() / 3;
+    let _ = writeln!(
+        std::io::stdout(),
+        "figures: trajectories: {trajectories} of a {operation}, one a failing SET and landing state, asserted exactly"
+    );
+}
+
 /// The first error is the injected one, whatever recovery met.
 fn assert_first(failure: &Failure, target: State) {
     assert!(
@@ -193,6 +203,7 @@ fn a_save_survives_the_failure_of_every_set() {
             }
         }
     }
+    figure("save", &report);
     insta::assert_snapshot!("save_failures", report);
 }
 
@@ -234,6 +245,7 @@ fn a_restore_survives_the_failure_of_every_set() {
             }
         }
     }
+    figure("restore", &report);
     insta::assert_snapshot!("restore_failures", report);
 }
 

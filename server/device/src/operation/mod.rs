@@ -17,6 +17,8 @@ mod precopy;
 mod restore;
 mod save;
 #[cfg(test)]
+mod seeds;
+#[cfg(test)]
 mod tests;
 
 pub use precopy::{Decision, Left, PrecopyPolicy};

@@ -13,16 +13,17 @@ use crate::seal::SealHasher;
 use crate::sim::{SimConfig, SimDevice, Workload};
 use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, Inline, Rearm, Seal, Threads};
 
-const RESUME: SaveRequest = SaveRequest { pre_copy: true, cutover: Cutover::Auto, after: AfterSave::Resume };
+pub(super) const RESUME: SaveRequest =
+    SaveRequest { pre_copy: true, cutover: Cutover::Auto, after: AfterSave::Resume };
 
 /// One node: a set of simulated devices on lanes of one executor.
-struct Node {
-    slots: Vec<SimDevice>,
-    lanes: Vec<DeviceLane>,
+pub(super) struct Node {
+    pub(super) slots: Vec<SimDevice>,
+    pub(super) lanes: Vec<DeviceLane>,
 }
 
 impl Node {
-    fn new(configs: &[SimConfig], faults: &[&[Fault]]) -> Self {
+    pub(super) fn new(configs: &[SimConfig], faults: &[&[Fault]]) -> Self {
         let inline = Inline::new(7);
         let time = inline.time();
         let executor: Arc<dyn Executor> = Arc::new(inline);
@@ -43,7 +44,7 @@ impl Node {
         Self { slots, lanes }
     }
 
-    fn digests(&self) -> Vec<[u8; 32]> {
+    pub(super) fn digests(&self) -> Vec<[u8; 32]> {
         self.slots.iter().map(SimDevice::digest).collect()
     }
 
@@ -52,7 +53,7 @@ impl Node {
     }
 }
 
-fn configs(count: u64, change: impl Fn(&mut SimConfig)) -> Vec<SimConfig> {
+pub(super) fn configs(count: u64, change: impl Fn(&mut SimConfig)) -> Vec<SimConfig> {
     (0..count)
         .map(|index| {
             let name = format!("sim{index}");
@@ -64,7 +65,7 @@ fn configs(count: u64, change: impl Fn(&mut SimConfig)) -> Vec<SimConfig> {
 }
 
 #[derive(Default)]
-struct Memory {
+pub(super) struct Memory {
     blobs: Vec<Vec<u8>>,
     at: Vec<usize>,
     config: Vec<Option<ConfigCapture>>,
@@ -72,7 +73,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn new(devices: usize) -> Self {
+    pub(super) fn new(devices: usize) -> Self {
         Self { blobs: vec![Vec::new(); devices], at: vec![0; devices], ..Self::default() }
     }
 }
@@ -268,7 +269,7 @@ fn a_busy_device_is_pre_copied_until_the_rest_fits_or_given_up() {
 #[test]
 fn a_call_that_never_returns_costs_its_device_and_nothing_else() {
     let takes = DEFAULT_CALL_LIMIT + Duration::from_secs(1);
-    let slow: &[Fault] = &[Fault::SlowSet { target: State::StopCopy, takes }];
+    let slow: &[Fault] = &[Fault::Slow { call: Call::SetState(State::StopCopy), takes }];
     let source = Node::new(&configs(3, |_| ()), &[&[], slow, &[]]);
     let request = SaveRequest { pre_copy: false, ..RESUME };
     let (cause, _, quarantined) =
