@@ -118,7 +118,15 @@ impl DirtyBitmap {
 
     /// Number of pages marked. Bits past the last page, which a device must not set, do not count.
     pub fn dirty_pages(&self) -> u64 {
-        self.dirty_ranges().iter().map(|range| range.length_bytes.div_ceil(self.page_bytes)).sum()
+        let pages = self.pages();
+        (0u64..)
+            .zip(&self.words)
+            .map(|(index, &word)| {
+                let valid = pages.saturating_sub(index * 64).min(64);
+                let mask = if valid == 64 { u64::MAX } else { (1 << valid) - 1 };
+                u64::from((word & mask).count_ones())
+            })
+            .sum()
     }
 
     /// The marked pages as ranges in order, neighbours joined, cut to the range covered.
@@ -155,7 +163,9 @@ impl DirtyBitmap {
 
     fn pages_as_range(&self, first: u64, end: u64) -> Option<IovaRange> {
         let offset = first * self.page_bytes;
-        let length = ((end - first) * self.page_bytes).min(self.range.length_bytes - offset);
+        // A run that ends at the last address has no end that fits in 64 bits.
+        let whole = (end - first).saturating_mul(self.page_bytes);
+        let length = whole.min(self.range.length_bytes - offset);
         IovaRange::new(self.range.start + offset, length)
     }
 }
@@ -196,4 +206,71 @@ pub trait DmaLog: std::fmt::Debug {
 
     /// Stops logging and forgets what was logged.
     fn stop(&mut self) -> Result<(), DeviceError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bitmap(start: u64, length: u64, page: u64) -> DirtyBitmap {
+        DirtyBitmap::new(IovaRange::new(start, length).unwrap(), page).unwrap()
+    }
+
+    #[test]
+    fn ranges_are_whole_and_end_at_an_address() {
+        assert_eq!(IovaRange::new(0, 0), None);
+        assert_eq!(IovaRange::new(1, u64::MAX).map(IovaRange::last), Some(u64::MAX));
+        assert_eq!(IovaRange::new(2, u64::MAX), None);
+    }
+
+    #[test]
+    fn a_bitmap_over_everything_can_be_all_dirty() {
+        let mut all = bitmap(0, u64::MAX, 1 << 40);
+        all.words_mut().fill(u64::MAX);
+        assert_eq!(all.dirty_pages(), 1 << 24);
+        assert_eq!(all.dirty_ranges(), [all.range()]);
+    }
+
+    #[test]
+    fn what_cannot_be_a_bitmap_is_refused_before_it_is_made() {
+        let range = IovaRange::new(0x1000, 1 << 50).unwrap();
+        for (range, page) in [(range, 0), (range, 3000), (range, 8192), (range, 4096)] {
+            assert!(DirtyBitmap::new(range, page).is_err(), "{page}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_a_list_of_pages(
+            start in 0u64..1000,
+            length in 1u64..(300 * 4096),
+            dirty in prop::collection::btree_set(0u64..320, 0..64),
+        ) {
+            let start = start * 4096;
+            let mut bitmap = bitmap(start, length, 4096);
+            for page in &dirty {
+                bitmap.set(*page);
+            }
+            let pages: Vec<u64> = dirty.into_iter().filter(|page| *page < bitmap.pages()).collect();
+            prop_assert_eq!(bitmap.dirty_pages(), pages.len() as u64);
+            let end = start + length;
+            let mut expected: Vec<(u64, u64)> = Vec::new();
+            for page in pages {
+                prop_assert!(bitmap.is_set(page));
+                let (from, to) = (start + page * 4096, (start + (page + 1) * 4096).min(end));
+                match expected.last_mut() {
+                    Some((_, last)) if *last == from => *last = to,
+                    _ => expected.push((from, to)),
+                }
+            }
+            let found: Vec<(u64, u64)> = bitmap
+                .dirty_ranges()
+                .iter()
+                .map(|range| (range.start(), range.start() + range.length_bytes()))
+                .collect();
+            prop_assert_eq!(found, expected);
+        }
+    }
 }

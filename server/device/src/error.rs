@@ -6,9 +6,10 @@
 
 use std::fmt;
 use std::io;
-use std::time::Duration;
 
 use vfio_checkpoint_fsm::{CapabilitiesError, Forbidden, State, UnknownState};
+
+use crate::lane::Hung;
 
 /// A call on a device, as the driver names it in errors, traces and trajectories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -127,6 +128,13 @@ pub enum DeviceError {
         /// The state that was read back.
         found: State,
     },
+    /// The device is not where the last step of its session left it: somebody else moved or reset it, or it fell into
+    /// ERROR. Nothing was called.
+    #[error("the device stands in {found}, where no step of its session left it")]
+    Displaced {
+        /// Where it stands.
+        found: State,
+    },
     /// An argument that no device could accept. Nothing was called.
     #[error("{call}: {reason}")]
     Argument {
@@ -189,14 +197,9 @@ pub enum DeviceError {
         /// Why.
         reason: String,
     },
-    /// A call did not return in time. The device is out of service until somebody looks at it.
-    #[error("{call} did not return within {after:?}")]
-    Hung {
-        /// The call that is still under way.
-        call: Call,
-        /// How long it was waited for.
-        after: Duration,
-    },
+    /// The device was given up: a call did not return in time, or died.
+    #[error(transparent)]
+    Hung(#[from] Hung),
 }
 
 impl DeviceError {
@@ -230,7 +233,8 @@ impl DeviceError {
             | Self::Uncovered { .. }
             | Self::Poisoned
             | Self::GivenUp { .. }
-            | Self::Hung { .. } => None,
+            | Self::Displaced { .. }
+            | Self::Hung(_) => None,
         }
     }
 }

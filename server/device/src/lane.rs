@@ -14,13 +14,15 @@
 //!
 //! # Invariants
 //! - All calls on a device run on its lane, one at a time.
-//! - Once a lane has hung nothing is ever called on it again, also when the call returns after all: the driver that
-//!   is in it is not looked at, because nobody knows what the call did.
+//! - Once a lane has hung nothing is ever called on its device again, also when the call returns after all: a gate
+//!   between the driver and the device is closed, because nobody knows what the call did, and everybody was told that
+//!   the device is out of service.
+//! - Only a call that is itself over its limit condemns a device, never a queue of calls before it.
 
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -51,24 +53,37 @@ struct Shared {
     driver: Arc<Mutex<Driver>>,
     limit: Duration,
     hung: Arc<OnceLock<Hung>>,
+    running: Arc<Mutex<Option<Running>>>,
 }
 
-/// The device's lane is inside a call that did not return in time.
+/// The work that the lane is at.
+#[derive(Debug, Clone, Copy)]
+struct Running {
+    call: Call,
+    since: Duration,
+}
+
+/// Why a device was given up. What the call that did it does, or did, to the device is not known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{call} did not return within {after:?}; the device is out of service until this process is restarted"
-)]
-pub struct Hung {
-    /// What was being done.
-    pub call: Call,
-    /// How long it was waited for.
-    pub after: Duration,
-}
-
-impl From<Hung> for DeviceError {
-    fn from(hung: Hung) -> Self {
-        Self::Hung { call: hung.call, after: hung.after }
-    }
+pub enum Hung {
+    /// A call did not return in time.
+    #[error(
+        "{call} did not return within {after:?}; the device is out of service until this process is restarted"
+    )]
+    Overdue {
+        /// What was being done.
+        call: Call,
+        /// How long it was waited for.
+        after: Duration,
+    },
+    /// The work ended without a result: a defect in this program.
+    #[error(
+        "{call} died, which is a defect to report; the device is out of service until this process is restarted"
+    )]
+    Died {
+        /// What was being done.
+        call: Call,
+    },
 }
 
 impl DeviceLane {
@@ -76,11 +91,10 @@ impl DeviceLane {
     pub fn new(driver: Driver, executor: Arc<dyn Executor>, limit: Duration) -> io::Result<Self> {
         let identity = driver.identity().clone();
         let lane = executor.lane(&identity.name)?;
-        let driver = Arc::new(Mutex::new(driver));
-        Ok(Self {
-            identity,
-            shared: Arc::new(Shared { executor, lane, driver, limit, hung: Arc::default() }),
-        })
+        let hung = Arc::default();
+        let driver = Arc::new(Mutex::new(driver.gate(&hung)));
+        let running = Arc::default();
+        Ok(Self { identity, shared: Arc::new(Shared { executor, lane, driver, limit, hung, running }) })
     }
 
     /// Which device this is. Never waits.
@@ -109,14 +123,17 @@ impl DeviceLane {
             let driver = Arc::clone(&self.shared.driver);
             let executor = Arc::clone(&self.shared.executor);
             let hung = Arc::clone(&self.shared.hung);
+            let running = Arc::clone(&self.shared.running);
             self.shared.lane.submit(Box::new(move || {
                 if hung.get().is_some() {
                     // It waited behind a call that was given up and came back after all.
                     return;
                 }
-                let begun = executor.now();
-                let value = work(&mut driver.lock().unwrap_or_else(PoisonError::into_inner));
-                let took = executor.now().saturating_sub(begun);
+                let since = executor.now();
+                *lock(&running) = Some(Running { call, since });
+                let value = work(&mut lock(&driver));
+                let took = executor.now().saturating_sub(since);
+                *lock(&running) = None;
                 // Nobody waits any more where the caller gave up.
                 let _ = answer.send((value, took));
             }));
@@ -143,11 +160,26 @@ impl DeviceLane {
         })
     }
 
-    fn give_up(&self, call: Call) -> Hung {
-        let hung = *self.shared.hung.get_or_init(|| Hung { call, after: self.shared.limit });
+    fn give_up(&self, hung: Hung) -> Hung {
+        let hung = *self.shared.hung.get_or_init(|| hung);
         tracing::error!(device = %self.identity, %hung, "device given up");
         hung
     }
+
+    /// How much longer the work that the lane is at may take; an error where its time is up. The limit counts from when
+    /// the lane took the work up: what waits behind other work is not late.
+    fn time_left(&self) -> Result<Duration, Hung> {
+        let limit = self.shared.limit;
+        let Some(Running { call, since }) = *lock(&self.shared.running) else {
+            return Ok(limit);
+        };
+        let taken = self.shared.executor.now().saturating_sub(since);
+        limit.checked_sub(taken).filter(|left| !left.is_zero()).ok_or(Hung::Overdue { call, after: limit })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Work under way on a lane.
@@ -159,19 +191,24 @@ pub struct Pending<T> {
 }
 
 impl<T> Pending<T> {
-    /// Waits for the result, at most the lane's limit. Then the device is given up for good.
+    /// Waits for the result. Where the lane is at one piece of work for longer than its limit, whichever that is, the
+    /// device is given up for good.
     pub fn wait(self) -> Result<T, Hung> {
-        if let Some(hung) = self.lane.hung() {
-            return Err(hung);
-        }
+        let call = self.call;
         let limit = self.lane.shared.limit;
-        match self.answered.recv_timeout(limit) {
-            Ok((value, took)) if took <= limit => Ok(value),
-            // It came back, but later than a caller that had waited all the time would have allowed: when somebody
-            // begins to wait must not decide. Or it did not come back; or, disconnected, it ended without a result,
-            // which only a panic can do, and what that left behind is as unknown as what a hung call does.
-            Ok(_) | Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                Err(self.lane.give_up(self.call))
+        loop {
+            if let Some(hung) = self.lane.hung() {
+                return Err(hung);
+            }
+            let left = self.lane.time_left().map_err(|hung| self.lane.give_up(hung))?;
+            match self.answered.recv_timeout(left) {
+                Ok((value, took)) if took <= limit => return Ok(value),
+                // It came back, but later than a caller that had waited all the time would have allowed: when somebody
+                // begins to wait must not decide.
+                Ok(_) => return Err(self.lane.give_up(Hung::Overdue { call, after: limit })),
+                Err(RecvTimeoutError::Timeout) => {}
+                // The work ended without a result, which only a panic in it can do.
+                Err(RecvTimeoutError::Disconnected) => return Err(self.lane.give_up(Hung::Died { call })),
             }
         }
     }

@@ -21,6 +21,7 @@ pub mod driver;
 pub mod error;
 pub mod executor;
 pub mod fault;
+mod gate;
 pub mod identity;
 pub mod kernel;
 pub mod lane;

@@ -12,6 +12,8 @@
 //! ```
 //! Integers are little-endian. The trailer comes last because the state's length is not known before its end.
 //!
+//! A save that is killed leaves a hidden file of its own name beside (`.vfio-device-…`), which may be deleted.
+//!
 //! # Invariants
 //! - The file appears under its name only when it is whole and on the disk: it is written beside, synced and renamed,
 //!   and an existing file is replaced only when asked.
@@ -21,6 +23,7 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -128,8 +131,13 @@ pub struct StateFileWriter {
 impl StateFileWriter {
     /// Starts a file that will appear at `path`. Where one is there already this fails at once, unless `replace`.
     pub fn create(path: &Path, header: &Header, replace: bool) -> Result<Self, StateFileError> {
-        if !replace && path.symlink_metadata().is_ok() {
-            return Err(StateFileError::Exists(path.to_owned()));
+        if let Ok(there) = path.symlink_metadata() {
+            if !there.is_file() {
+                return Err(StateFileError::NotAStateFile(path.to_owned()));
+            }
+            if !replace {
+                return Err(StateFileError::Exists(path.to_owned()));
+            }
         }
         let directory =
             path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -218,8 +226,18 @@ pub struct StateFile {
 impl StateFile {
     /// Opens a file and checks everything but the state; see [`verify`](Self::verify).
     pub fn open(path: &Path) -> Result<Self, StateFileError> {
-        let mut file = File::open(path).map_err(io_error("opening", path))?;
-        let size = file.metadata().map_err(io_error("opening", path))?.len();
+        // Without O_NONBLOCK a pipe would be waited for here, for ever.
+        let mut options = File::options();
+        let mut file = options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(io_error("opening", path))?;
+        let metadata = file.metadata().map_err(io_error("opening", path))?;
+        if !metadata.is_file() {
+            return Err(StateFileError::NotAStateFile(path.to_owned()));
+        }
+        let size = metadata.len();
         let damaged =
             |reason: &str| StateFileError::Damaged { path: path.to_owned(), reason: reason.to_owned() };
 
@@ -259,6 +277,12 @@ impl StateFile {
         check.update(&prefix).update(&header_text).update(&trailer_text).update(&suffix[..4]);
         if *check.finalize().as_bytes() != suffix[4..36] {
             return Err(damaged("its header or trailer does not match its check"));
+        }
+        // What it says is shown to people, and could be made to do things to their terminals.
+        if header_text.iter().chain(&trailer_text).any(u8::is_ascii_control)
+            || [&header_text, &trailer_text].iter().any(|text| text.windows(2).any(|pair| pair == b"\\u"))
+        {
+            return Err(damaged("its header or trailer holds control characters"));
         }
         let parse_error = |error: serde_json::Error| damaged(&error.to_string());
         let header = serde_json::from_slice(&header_text).map_err(parse_error)?;

@@ -126,7 +126,8 @@ fn flipped(facts: &Facts) {
     load(&device, &damaged).expect("mtty accepts it, which is why there is a seal");
 
     let mut source = Flipped { blob: Some(Bytes::from(damaged)), seal: seal_of(&whole) };
-    let Err(OperationError::Failed { cause, outcome, quarantined }) = restore(&[lane(&device)], &mut source)
+    let Err(OperationError::Failed { cause, outcome, quarantined, .. }) =
+        restore(&[lane(&device)], &mut source)
     else {
         panic!("the restore must fail")
     };

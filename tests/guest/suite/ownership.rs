@@ -1,6 +1,6 @@
 //! Who has a device: left-over states, duplicates, devices in use, devices that cannot migrate.
 
-use vfio_checkpoint_device::driver::Standing;
+use vfio_checkpoint_device::driver::{Peers, SaveMode, Standing};
 use vfio_checkpoint_device::kernel::discovery::{Blocker, SysRoots, Verdict, discover};
 use vfio_checkpoint_device::kernel::{
     DmaMemory, KernelDevice, KernelPath, OpenDevice, OpenError, OpenOptions,
@@ -54,8 +54,7 @@ fn left_over(facts: &Facts, path: KernelPath) {
                 .expect("an adopted device");
         let mut driver = Driver::new(Box::new(device));
         assert_eq!(driver.state().expect("a state"), left, "mtty keeps its state over a close");
-        let refused =
-            driver.begin_save(vfio_checkpoint_device::driver::SaveMode::StopCopy).expect_err("a refusal");
+        let refused = driver.begin_save(SaveMode::StopCopy, Peers::None).expect_err("a refusal");
         assert_eq!((refused.outcome, refused.state), (Outcome::Preserved, Some(left)), "nothing was touched");
         assert_eq!(driver.recover_left_over(role).expect("a recovered device"), outcome, "{left}");
         assert_eq!(driver.state().expect("a state"), State::Running);

@@ -6,16 +6,19 @@
 //!                        any of them fails: read back, fall back, reset or quarantine -> Failure
 //! ```
 //!
-//! Every SET goes through one function, `walk`: ask `fsm` whether a path leads there, SET once (the device walks the
-//! path itself), read back. A device that answers success but stands elsewhere has failed. After any failure the
-//! driver reads the state back, does what [`recover`] says, and reports a
-//! [`Failure`] with the *first* error, the [`Outcome`] and every [`Step`].
+//! Every SET goes through one function, `walk`: read the state, which must be where the step before left it; ask `fsm`
+//! whether a path leads on; SET once (the device walks the path itself); read back. A device that answers success but
+//! stands elsewhere has failed. After any failure the driver reads the state back, does what
+//! [`recover`](vfio_checkpoint_fsm::recover) says, and reports a [`Failure`] with the *first* error, the [`Outcome`]
+//! and every [`Step`].
 //!
 //! # Invariants
 //! - At most one session a device; a session given to another device's driver is refused.
 //! - A source is never reset by itself: what cannot fall back is quarantined. A destination is.
 //! - RESUMING is left only with a seal that covers every byte that was written, and only once whoever owns the
 //!   interrupts and mappings has said that it is ready; both by type.
+//! - A device that is not where the last step left it was moved or reset by somebody else: nothing good is said of its
+//!   state, and a source is quarantined as it is.
 //! - A quarantined device gets no call at all, except the ones that somebody asks for by name:
 //!   [`reset`](Driver::reset) and [`reinstate`](Driver::reinstate).
 //!
@@ -26,21 +29,23 @@ mod restore;
 mod save;
 #[cfg(test)]
 mod tests;
+mod unwind;
+mod walk;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use vfio_checkpoint_fsm::{
-    Capabilities, Outcome, Recovery, Role, State, Walk, after_failed_reset, after_failed_walk, path, recover,
-    recover_entry,
-};
+use vfio_checkpoint_fsm::{Outcome, Role, State};
 
 pub use failure::{Answer, Failure, Standing, Step};
 pub use restore::{Armed, FixedUp, Loaded, RestoreSession};
 pub use save::{Quiesced, SaveMode, SaveRead, SaveSession, Stopped};
+pub use unwind::Peers;
+
+use unwind::{Back, Engagement, Stake};
 
 use crate::{
-    Call, DataSize, DataStream, DeviceCapabilities, DeviceError, DirtyBitmap, DirtyReport, Fingerprint,
-    Identity, IovaRange, MigrationDevice, chain,
+    Call, DataSize, DeviceCapabilities, DeviceError, DirtyBitmap, DirtyReport, Fingerprint, Identity,
+    IovaRange, MigrationDevice, chain,
 };
 
 /// Names one session in this process.
@@ -54,63 +59,21 @@ impl SessionId {
     }
 }
 
-/// The session that holds the device, and what is at stake in it.
-#[derive(Debug, Clone, Copy)]
-struct Engagement {
-    session: SessionId,
-    stake: Stake,
-}
-
-/// What the state in the device is worth, which decides what a failure may cost.
-#[derive(Debug, Clone, Copy)]
-enum Stake {
-    /// It is precious ([`Role::Source`]).
-    Source,
-    /// It is precious until the device has left RUNNING_P2P on its way into RESUMING.
-    Entry,
-    /// It is a copy ([`Role::Destination`]).
-    Destination,
-}
-
-impl Stake {
-    fn role(self) -> Role {
-        match self {
-            Self::Source => Role::Source,
-            Self::Entry | Self::Destination => Role::Destination,
-        }
-    }
-
-    fn recover(self, capabilities: Capabilities, landed: State) -> Recovery {
-        match self {
-            Self::Source => recover(Role::Source, capabilities, landed),
-            Self::Entry => recover_entry(capabilities, landed),
-            Self::Destination => recover(Role::Destination, capabilities, landed),
-        }
-    }
-}
-
-impl From<Role> for Stake {
-    fn from(role: Role) -> Self {
-        match role {
-            Role::Source => Self::Source,
-            Role::Destination => Self::Destination,
-        }
-    }
-}
-
 /// Drives one device.
 #[derive(Debug)]
 pub struct Driver {
     device: Box<dyn MigrationDevice>,
     standing: Standing,
     engaged: Option<Engagement>,
+    /// The last session here that ended other than by its own steps.
+    cut_short: Option<SessionId>,
     steps: Vec<Step>,
 }
 
 impl Driver {
     /// Takes charge of a device, in whatever state it is. Nothing is called.
     pub fn new(device: Box<dyn MigrationDevice>) -> Self {
-        Self { device, standing: Standing::InService, engaged: None, steps: Vec::new() }
+        Self { device, standing: Standing::InService, engaged: None, cut_short: None, steps: Vec::new() }
     }
 
     /// Which device this is.
@@ -176,7 +139,7 @@ impl Driver {
             ) => DeviceError::LeftOver { found },
             Err(error) => error,
         };
-        let recovered = self.unwind(role.into(), first);
+        let recovered = self.unwind(role.into(), Back::ToRunning, first);
         match (recovered.standing, recovered.state) {
             (Standing::InService, Some(State::Running)) => Ok(recovered.outcome),
             (Standing::InService | Standing::Quarantined, _) => Err(recovered),
@@ -185,12 +148,13 @@ impl Driver {
 
     /// Resets the device because somebody decided to: its state is lost, a quarantine ends.
     pub fn reset(&mut self) -> Result<(), Failure> {
-        self.engaged = None;
+        self.cut_short();
         self.steps.clear();
         self.standing = Standing::InService;
         match self.reset_and_read_back() {
             Ok(()) => Ok(()),
-            Err(first) => Err(self.fail(first, Outcome::StateLost, after_failed_reset())),
+            // Nothing but quarantine follows a failed reset.
+            Err(first) => Err(self.quarantined(first, Outcome::StateLost)),
         }
     }
 
@@ -213,7 +177,7 @@ impl Driver {
 
     /// Takes the device out of service because somebody decided to, and gives up its session without a call.
     pub fn quarantine(&mut self) -> Standing {
-        self.engaged = None;
+        self.cut_short();
         self.standing = Standing::Quarantined;
         self.standing
     }
@@ -223,9 +187,24 @@ impl Driver {
     /// `cause` is reported as the first error. A session that the caller still holds is refused from here on.
     pub fn abort(&mut self, cause: DeviceError) -> Failure {
         match self.engaged {
-            Some(engagement) => self.unwind(engagement.stake, cause),
+            Some(engagement) => self.unwind(engagement.stake, Back::ToRunning, cause),
             None => self.refuse(cause),
         }
+    }
+
+    /// The first half of [`abort`](Self::abort) for a set: a source goes back only as far as RUNNING_P2P, where it
+    /// starts no DMA to a peer that is still stopped. [`abort`](Self::abort) does the rest once every device is there.
+    pub fn abort_to_barrier(&mut self, cause: DeviceError) -> Failure {
+        match self.engaged {
+            Some(engagement) => self.unwind(engagement.stake, Back::ToBarrier, cause),
+            None => self.refuse(cause),
+        }
+    }
+
+    /// Puts a gate in front of the device: once `hung` is set, no call gets through to it.
+    pub(crate) fn gate(self, hung: &std::sync::Arc<std::sync::OnceLock<crate::lane::Hung>>) -> Self {
+        let device = crate::gate::gate(self.device, hung);
+        Self { device, ..self }
     }
 
     /// Starts logging the pages that the device writes by DMA. Returns the page size in force.
@@ -265,195 +244,5 @@ impl Driver {
             Some(log) => log.stop(),
             None => Err(DeviceError::Absent { call: Call::DmaLogStop }),
         }
-    }
-
-    fn check_standing(&self, call: Call) -> Result<(), DeviceError> {
-        match self.standing {
-            Standing::InService => Ok(()),
-            Standing::Quarantined => Err(DeviceError::Quarantined { call }),
-        }
-    }
-
-    /// Starts an operation: a fresh trajectory on a device that is free and in RUNNING. Any other state belongs to
-    /// somebody or is left over from somebody, and is not touched.
-    fn begin(&mut self, call: Call, stake: Stake) -> Result<SessionId, Failure> {
-        self.check_free(call).map_err(|first| self.refuse(first))?;
-        self.steps.clear();
-        match self.read_back() {
-            Ok(State::Running) => {}
-            Ok(
-                found @ (State::Error
-                | State::Stop
-                | State::StopCopy
-                | State::Resuming
-                | State::RunningP2p
-                | State::PreCopy
-                | State::PreCopyP2p),
-            ) => return Err(self.refuse(DeviceError::LeftOver { found })),
-            Err(error) => return Err(self.refuse(error)),
-        }
-        let session = SessionId::next();
-        self.engaged = Some(Engagement { session, stake });
-        Ok(session)
-    }
-
-    fn check_free(&self, call: Call) -> Result<(), DeviceError> {
-        self.check_standing(call)?;
-        match self.engaged {
-            None => Ok(()),
-            Some(_) => Err(DeviceError::Engaged { call }),
-        }
-    }
-
-    /// A refusal before anything was changed: the device is as it was and there is nothing to recover.
-    fn refuse(&self, first: DeviceError) -> Failure {
-        Failure {
-            first,
-            state: self.last_seen(),
-            outcome: Outcome::Preserved,
-            standing: self.standing,
-            steps: self.steps.clone(),
-        }
-    }
-
-    /// A step of a session failed. A session that is not the one under way here changes nothing here.
-    fn session_failed(&mut self, session: SessionId, first: DeviceError) -> Failure {
-        match self.engaged {
-            Some(engagement) if engagement.session == session => self.unwind(engagement.stake, first),
-            Some(_) | None => self.refuse(first),
-        }
-    }
-
-    /// Refuses a session that is not the one under way here.
-    fn check_session(&self, session: SessionId, call: Call) -> Result<(), DeviceError> {
-        self.check_standing(call)?;
-        match self.engaged {
-            Some(engagement) if engagement.session == session => Ok(()),
-            Some(_) | None => Err(DeviceError::ForeignSession { call }),
-        }
-    }
-
-    /// One SET with everything that belongs to it: the legality before, the state and the stream after.
-    ///
-    /// The state is read first: a device may have fallen into ERROR meanwhile, and a SET out of ERROR is not only
-    /// refused by the kernel but warned of. On an error nothing is recovered here; the caller knows what the device's
-    /// state is worth.
-    fn walk(&mut self, target: State) -> Result<Option<DataStream>, DeviceError> {
-        let from = self.read_back()?;
-        self.walk_from(from, target)
-    }
-
-    /// [`walk`](Self::walk) from the state that was just read back.
-    fn walk_from(&mut self, from: State, target: State) -> Result<Option<DataStream>, DeviceError> {
-        let opens = match path(self.device.capabilities().migration, from, target) {
-            Walk::NoOp => return Ok(None),
-            Walk::Forbidden(source) => return Err(DeviceError::Forbidden { target, source }),
-            Walk::Path(path) => path.opens_stream(),
-        };
-        let set = self.device.set_state(target);
-        self.steps.push(Step::Set(target, Answer::of(&set)));
-        let stream = set?;
-        // Also after success: a driver was seen to answer success out of ERROR and stay there.
-        let found = self.read_back()?;
-        if found != target {
-            return Err(DeviceError::Elsewhere { asked: target, found });
-        }
-        if stream.is_some() == opens {
-            Ok(stream)
-        } else {
-            Err(DeviceError::Stream { call: Call::SetState(target), expected: opens })
-        }
-    }
-
-    fn read_back(&mut self) -> Result<State, DeviceError> {
-        let read = self.device.state();
-        self.steps.push(Step::ReadBack(match &read {
-            Ok(state) => Ok(*state),
-            Err(error) => Err(Answer::of_error(error)),
-        }));
-        read
-    }
-
-    fn reset_and_read_back(&mut self) -> Result<(), DeviceError> {
-        let reset = self.device.reset();
-        self.steps.push(Step::Reset(Answer::of(&reset)));
-        reset?;
-        match self.read_back()? {
-            State::Running => Ok(()),
-            found @ (State::Error
-            | State::Stop
-            | State::StopCopy
-            | State::Resuming
-            | State::RunningP2p
-            | State::PreCopy
-            | State::PreCopyP2p) => Err(DeviceError::Elsewhere { asked: State::Running, found }),
-        }
-    }
-
-    /// The one place where an operation that failed is unwound. Ends the session.
-    fn unwind(&mut self, stake: Stake, first: DeviceError) -> Failure {
-        let capabilities = self.device.capabilities().migration;
-        let landed = self.read_back();
-        let mut recovery = match &landed {
-            Ok(landed) => stake.recover(capabilities, *landed),
-            // Where the device stands cannot be told. The next best is what helps in every state.
-            Err(_) => after_failed_walk(stake.role()),
-        };
-        // Each failed attempt leads to the next kind of recovery, and the last is quarantine: this ends.
-        loop {
-            match recovery {
-                Recovery::Nothing => return self.fail(first, Outcome::Preserved, Recovery::Nothing),
-                Recovery::Walk { to } => {
-                    if landed.as_ref().is_ok_and(|landed| self.walk_from(*landed, to).is_ok()) {
-                        return self.fail(first, Outcome::Preserved, Recovery::Nothing);
-                    }
-                    recovery = after_failed_walk(stake.role());
-                }
-                Recovery::Reset => {
-                    if self.reset_and_read_back().is_ok() {
-                        return self.fail(first, Outcome::StateLost, Recovery::Nothing);
-                    }
-                    recovery = after_failed_reset();
-                }
-                Recovery::Quarantine => {
-                    return self.fail(first, self.outcome_in_quarantine(), Recovery::Quarantine);
-                }
-            }
-        }
-    }
-
-    /// Whether a device in quarantine still carries what it carried: not after a reset was tried, and not in ERROR
-    /// or RESUMING, out of which nothing else leads. Anywhere else the state is there and cannot be brought to run.
-    fn outcome_in_quarantine(&self) -> Outcome {
-        let reset_tried = self.steps.iter().any(|step| matches!(step, Step::Reset(_)));
-        match self.last_seen() {
-            Some(State::Error | State::Resuming) | None => Outcome::StateLost,
-            Some(_) if reset_tried => Outcome::StateLost,
-            Some(_) => Outcome::Preserved,
-        }
-    }
-
-    /// The state that the last read-back found, where it found one.
-    fn last_seen(&self) -> Option<State> {
-        self.steps.iter().rev().find_map(|step| match step {
-            Step::ReadBack(state) => Some(state.ok()),
-            Step::Set(..) | Step::Reset(_) => None,
-        })?
-    }
-
-    fn fail(&mut self, first: DeviceError, outcome: Outcome, left: Recovery) -> Failure {
-        self.engaged = None;
-        if left == Recovery::Quarantine {
-            self.standing = Standing::Quarantined;
-        }
-        let failure = Failure {
-            first,
-            state: self.last_seen(),
-            outcome,
-            standing: self.standing,
-            steps: self.steps.clone(),
-        };
-        tracing::warn!(device = %self.device.identity(), %failure, "device operation failed");
-        failure
     }
 }

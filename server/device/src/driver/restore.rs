@@ -11,7 +11,7 @@ use std::os::fd::BorrowedFd;
 
 use vfio_checkpoint_fsm::State;
 
-use super::{Driver, Engagement, Failure, SessionId, Stake};
+use super::{Driver, Engagement, Failure, Peers, SessionId, Stake};
 use crate::seal::StreamMark;
 use crate::{Call, ConfigCapture, DeviceError, Rearm, RestoreStream, Seal, VerifiedChunk, VerifiedSeal};
 
@@ -107,14 +107,15 @@ impl Driver {
     /// RUNNING to RESUMING in one SET; the device's present state is given up.
     pub fn begin_restore(&mut self) -> Result<RestoreSession, Failure> {
         let call = Call::SetState(State::Resuming);
-        let id = self.begin(call, Stake::Entry)?;
+        let id = self.begin(call, Stake::Entry, Peers::None)?;
         let opened = self.walk_from(State::Running, State::Resuming).and_then(|stream| {
             stream
                 .map_or(Err(DeviceError::Stream { call, expected: true }), |stream| stream.into_restore(call))
         });
         match opened {
             Ok(stream) => {
-                self.engaged = Some(Engagement { session: id, stake: Stake::Destination });
+                self.engaged =
+                    Some(Engagement { session: id, stake: Stake::Destination, peers: Peers::None });
                 Ok(RestoreSession { id, stream, source: None, written: 0, poisoned: false })
             }
             Err(first) => Err(self.session_failed(id, first)),
@@ -180,19 +181,19 @@ impl Driver {
     ///
     /// What a device cannot accept may show only here: it is then reset.
     pub fn enter_running_p2p(&mut self, armed: &Armed) -> Result<(), Failure> {
-        self.start(armed, State::RunningP2p)
+        self.start(armed, &[State::Resuming], State::RunningP2p)
     }
 
     /// To RUNNING: the restore is done and the device carries the restored state.
     pub fn enter_running(&mut self, armed: &Armed) -> Result<(), Failure> {
-        self.start(armed, State::Running)?;
+        self.start(armed, &[State::Resuming, State::RunningP2p], State::Running)?;
         self.engaged = None;
         Ok(())
     }
 
-    fn start(&mut self, armed: &Armed, target: State) -> Result<(), Failure> {
+    fn start(&mut self, armed: &Armed, from: &[State], target: State) -> Result<(), Failure> {
         let id = armed.loaded.id;
-        match self.check_session(id, Call::SetState(target)).and_then(|()| self.walk(target)) {
+        match self.check_session(id, Call::SetState(target)).and_then(|()| self.walk(from, target)) {
             Ok(_) => Ok(()),
             Err(first) => Err(self.session_failed(id, first)),
         }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use vfio_checkpoint_fsm::State;
 
-use super::{Driver, Failure, SessionId, Stake};
+use super::{Driver, Failure, Peers, SessionId, Stake};
 use crate::{
     Call, ChunkPool, ConfigCapture, ConfigSpace, DataStream, DeviceError, PrecopyInfo, Read, SaveStream,
 };
@@ -67,12 +67,12 @@ impl SaveSession {
                 read => read?,
             };
             match (read, self.phase) {
-                (Read::Bytes(bytes), _) => {
+                (Read::Bytes(bytes), _) if bytes > 0 => {
                     chunk.advance(bytes);
                     self.read_bytes = self.read_bytes.saturating_add(bytes as u64);
                 }
-                (Read::Zero | Read::NothingNow, Phase::PreCopy) => break,
-                (Read::Zero, Phase::StopCopy | Phase::Drained) => {
+                (Read::Bytes(_) | Read::Zero | Read::NothingNow, Phase::PreCopy) => break,
+                (Read::Bytes(_) | Read::Zero, Phase::StopCopy | Phase::Drained) => {
                     ended = true;
                     break;
                 }
@@ -121,13 +121,13 @@ impl SaveSession {
 
 impl Driver {
     /// RUNNING to PRE_COPY or to STOP_COPY.
-    pub fn begin_save(&mut self, mode: SaveMode) -> Result<SaveSession, Failure> {
+    pub fn begin_save(&mut self, mode: SaveMode, peers: Peers) -> Result<SaveSession, Failure> {
         let (target, phase) = match mode {
             SaveMode::PreCopy => (State::PreCopy, Phase::PreCopy),
             SaveMode::StopCopy => (State::StopCopy, Phase::StopCopy),
         };
         let call = Call::SetState(target);
-        let id = self.begin(call, Stake::Source)?;
+        let id = self.begin(call, Stake::Source, peers)?;
         let opened = self.walk_from(State::Running, target).and_then(|stream| save_stream(stream, call));
         match opened {
             Ok(stream) => Ok(SaveSession { id, stream, phase, read_bytes: 0 }),
@@ -137,8 +137,8 @@ impl Driver {
 
     /// The P2P barrier before a stop-copy without pre-copy: RUNNING to RUNNING_P2P, the device starts no more DMA to
     /// its peers. Followed by [`stop_copy_quiesced`](Self::stop_copy_quiesced).
-    pub fn quiesce_running(&mut self) -> Result<Quiesced, Failure> {
-        let id = self.begin(Call::SetState(State::RunningP2p), Stake::Source)?;
+    pub fn quiesce_running(&mut self, peers: Peers) -> Result<Quiesced, Failure> {
+        let id = self.begin(Call::SetState(State::RunningP2p), Stake::Source, peers)?;
         match self.walk_from(State::Running, State::RunningP2p) {
             Ok(_) => Ok(Quiesced { id }),
             Err(first) => Err(self.session_failed(id, first)),
@@ -151,7 +151,7 @@ impl Driver {
         let id = quiesced.id;
         let opened = self
             .check_session(id, call)
-            .and_then(|()| self.walk(State::StopCopy))
+            .and_then(|()| self.walk(&[State::RunningP2p], State::StopCopy))
             .and_then(|stream| save_stream(stream, call));
         match opened {
             Ok(stream) => Ok(SaveSession { id, stream, phase: Phase::StopCopy, read_bytes: 0 }),
@@ -161,12 +161,12 @@ impl Driver {
 
     /// PRE_COPY to PRE_COPY_P2P: the barrier of a set that pre-copies. The stream goes on.
     pub fn quiesce(&mut self, session: &SaveSession) -> Result<(), Failure> {
-        self.advance(session, State::PreCopyP2p)
+        self.advance(session, &[State::PreCopy], State::PreCopyP2p)
     }
 
     /// To STOP_COPY: the device stops, and what is left of its state comes out of the same stream.
     pub fn stop_copy(&mut self, session: &mut SaveSession) -> Result<(), Failure> {
-        self.advance(session, State::StopCopy)?;
+        self.advance(session, &[State::PreCopy, State::PreCopyP2p], State::StopCopy)?;
         session.phase = Phase::StopCopy;
         Ok(())
     }
@@ -177,7 +177,7 @@ impl Driver {
         let done = self
             .check_session(session.id, Call::SetState(State::Stop))
             .and_then(|()| if session.is_drained() { Ok(()) } else { Err(DeviceError::Undrained) })
-            .and_then(|()| self.walk(State::Stop))
+            .and_then(|()| self.walk(&[State::StopCopy], State::Stop))
             .and_then(|_| self.device.config_space().map(ConfigSpace::capture).transpose());
         match done {
             Ok(config) => Ok(Stopped { id: session.id, config }),
@@ -189,7 +189,7 @@ impl Driver {
     pub fn resume_p2p(&mut self, stopped: &Stopped) -> Result<(), Failure> {
         let done = self
             .check_session(stopped.id, Call::SetState(State::RunningP2p))
-            .and_then(|()| self.walk(State::RunningP2p));
+            .and_then(|()| self.walk(&[State::Stop], State::RunningP2p));
         match done {
             Ok(_) => Ok(()),
             Err(first) => Err(self.session_failed(stopped.id, first)),
@@ -200,7 +200,7 @@ impl Driver {
     pub fn resume(&mut self, stopped: Stopped) -> Result<(), Failure> {
         let done = self
             .check_session(stopped.id, Call::SetState(State::Running))
-            .and_then(|()| self.walk(State::Running));
+            .and_then(|()| self.walk(&[State::Stop, State::RunningP2p], State::Running));
         match done {
             Ok(_) => {
                 self.engaged = None;
@@ -217,8 +217,9 @@ impl Driver {
         Ok(())
     }
 
-    fn advance(&mut self, session: &SaveSession, target: State) -> Result<(), Failure> {
-        let done = self.check_session(session.id, Call::SetState(target)).and_then(|()| self.walk(target));
+    fn advance(&mut self, session: &SaveSession, from: &[State], target: State) -> Result<(), Failure> {
+        let done =
+            self.check_session(session.id, Call::SetState(target)).and_then(|()| self.walk(from, target));
         match done {
             Ok(_) => Ok(()),
             Err(first) => Err(self.session_failed(session.id, first)),

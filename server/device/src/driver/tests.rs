@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use vfio_checkpoint_fsm::{Capabilities, Outcome, State, Walk, path};
 
-use super::{Driver, Failure, SaveMode, SaveRead, Standing, Step};
+use super::{Driver, Failure, Peers, SaveMode, SaveRead, Standing, Step};
 use crate::executor::VirtualTime;
 use crate::fault::{Fault, FaultyDevice};
 use crate::pool::MIN_CHUNK_BYTES;
@@ -39,7 +39,7 @@ fn save(driver: &mut Driver, mode: SaveMode) -> Result<Vec<u8>, Failure> {
     let pool = pool();
     let mut session = match mode {
         SaveMode::PreCopy => {
-            let mut session = driver.begin_save(SaveMode::PreCopy)?;
+            let mut session = driver.begin_save(SaveMode::PreCopy, Peers::None)?;
             loop {
                 match session.read(&pool) {
                     Ok(SaveRead::Chunk(chunk)) => state.extend_from_slice(&chunk),
@@ -54,10 +54,10 @@ fn save(driver: &mut Driver, mode: SaveMode) -> Result<Vec<u8>, Failure> {
             session
         }
         SaveMode::StopCopy if p2p => {
-            let quiesced = driver.quiesce_running()?;
+            let quiesced = driver.quiesce_running(Peers::None)?;
             driver.stop_copy_quiesced(quiesced)?
         }
-        SaveMode::StopCopy => driver.begin_save(SaveMode::StopCopy)?,
+        SaveMode::StopCopy => driver.begin_save(SaveMode::StopCopy, Peers::None)?,
     };
     loop {
         match session.read(&pool) {
@@ -181,7 +181,7 @@ fn a_save_survives_the_failure_of_every_set() {
                         assert_eq!(failure.standing, Standing::Quarantined);
                         assert_eq!(failure.outcome, Outcome::StateLost);
                         assert!(
-                            driver.begin_save(SaveMode::StopCopy).is_err(),
+                            driver.begin_save(SaveMode::StopCopy, Peers::None).is_err(),
                             "a quarantined device takes no work"
                         );
                         driver.reset().unwrap();
@@ -326,7 +326,7 @@ fn a_session_belongs_to_one_device_and_ends_once() {
     let (first, time) = slot(FULL);
     let (second, _) = slot(FULL);
     let (mut one, mut other) = (driver(&first, &time, &[]), driver(&second, &time, &[]));
-    let mut session = one.begin_save(SaveMode::PreCopy).unwrap();
+    let mut session = one.begin_save(SaveMode::PreCopy, Peers::None).unwrap();
     let refused = other.stop_copy(&mut session).unwrap_err();
     assert!(matches!(refused.first, DeviceError::ForeignSession { .. }));
     assert_eq!(other.state().unwrap(), State::Running, "the other device was not touched");
@@ -373,9 +373,47 @@ fn resuming_is_not_left_without_the_seal_on_all_that_was_written() {
 fn a_device_that_lies_about_where_it_is_has_failed() {
     let (device, time) = slot(FULL);
     let mut driver = driver(&device, &time, &[]);
-    let session = driver.begin_save(SaveMode::PreCopy).unwrap();
+    let session = driver.begin_save(SaveMode::PreCopy, Peers::None).unwrap();
     device.force_error();
     let failure = driver.quiesce(&session).unwrap_err();
-    assert!(matches!(failure.first, DeviceError::Forbidden { .. }), "{failure}");
+    assert!(matches!(failure.first, DeviceError::Displaced { found: State::Error }), "{failure}");
     assert_eq!((failure.standing, failure.outcome), (Standing::Quarantined, Outcome::StateLost));
+}
+
+#[test]
+fn a_device_that_says_yes_and_stands_elsewhere_has_failed() {
+    for (target, landing) in
+        [(State::StopCopy, State::Stop), (State::Stop, State::StopCopy), (State::Running, State::Stop)]
+    {
+        let (device, time) = slot(FULL);
+        let digest = device.digest();
+        let mut driver = driver(&device, &time, &[Fault::Lie { target, landing }]);
+        let failure = save(&mut driver, SaveMode::StopCopy).unwrap_err();
+        assert!(
+            matches!(failure.first, DeviceError::Elsewhere { asked, found } if asked == target && found == landing),
+            "{failure}"
+        );
+        assert_eq!((failure.outcome, failure.state), (Outcome::Preserved, Some(State::Running)));
+        assert_eq!(device.digest(), digest);
+    }
+}
+
+/// The answer is about where the device stands after the recovery failed, not before.
+#[test]
+fn a_recovery_that_makes_it_worse_is_told_as_it_is() {
+    for (landing, outcome) in [
+        (State::Error, Outcome::StateLost),
+        (State::RunningP2p, Outcome::Preserved),
+        (State::Running, Outcome::Preserved),
+    ] {
+        let (device, time) = slot(FULL);
+        let faults = [
+            Fault::Set { target: State::StopCopy, landing: State::Stop, errno: EIO },
+            Fault::Set { target: State::Running, landing, errno: libc::ENOMEM },
+        ];
+        let failure = save(&mut driver(&device, &time, &faults), SaveMode::StopCopy).unwrap_err();
+        assert_first(&failure, State::StopCopy);
+        assert_eq!((failure.state, failure.outcome), (Some(landing), outcome));
+        assert_eq!(failure.standing, Standing::Quarantined);
+    }
 }

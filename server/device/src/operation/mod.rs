@@ -41,8 +41,17 @@ pub enum OperationError {
     /// The set cannot be handled as one. Nothing was touched.
     #[error("nothing was touched")]
     Refused(#[from] PlanRefusal),
+    /// A device cannot take part, as it stands. Nothing was touched.
+    #[error("nothing was touched: {device} cannot take part")]
+    NotReady {
+        /// Which one.
+        device: Identity,
+        /// Why not.
+        #[source]
+        reason: DeviceError,
+    },
     /// It failed on the way.
-    #[error("{}{}", cause, outcome_text(*outcome, quarantined))]
+    #[error("{}{}", cause, outcome_text(*outcome, quarantined, *sealed))]
     Failed {
         /// What went wrong first.
         #[source]
@@ -51,17 +60,20 @@ pub enum OperationError {
         outcome: Outcome,
         /// The devices that take no more work until somebody decides.
         quarantined: Vec<Identity>,
+        /// Whether what was saved is sealed and stands all the same. It may be the only copy.
+        sealed: bool,
     },
 }
 
-fn outcome_text(outcome: Outcome, quarantined: &[Identity]) -> String {
+fn outcome_text(outcome: Outcome, quarantined: &[Identity], sealed: bool) -> String {
     let state = match outcome {
-        Outcome::Preserved => "; the devices run with their own state",
+        Outcome::Preserved => "; the devices keep their own state",
         Outcome::StateLost => "; device state was lost",
     };
     let quarantined =
         quarantined.iter().map(|device| format!("; {device} is quarantined until somebody decides"));
-    std::iter::once(state.to_owned()).chain(quarantined).collect()
+    let sealed = sealed.then(|| "; what was saved is whole, and stands".to_owned());
+    std::iter::once(state.to_owned()).chain(quarantined).chain(sealed).collect()
 }
 
 /// What went wrong first.
@@ -87,11 +99,12 @@ struct Unwound {
     cause: Option<Cause>,
     outcome: Outcome,
     quarantined: Vec<Identity>,
+    sealed: bool,
 }
 
 impl Unwound {
     fn new() -> Self {
-        Self { cause: None, outcome: Outcome::Preserved, quarantined: Vec::new() }
+        Self { cause: None, outcome: Outcome::Preserved, quarantined: Vec::new(), sealed: false }
     }
 
     /// Keeps the first cause.
@@ -116,20 +129,20 @@ impl Unwound {
 
     fn into_error(self) -> OperationError {
         let cause = self.cause.unwrap_or_else(|| Cause::Other("the operation was given up".into()));
-        OperationError::Failed { cause, outcome: self.outcome, quarantined: self.quarantined }
+        let Self { outcome, quarantined, sealed, .. } = self;
+        OperationError::Failed { cause, outcome, quarantined, sealed }
     }
 }
 
-/// The migration flags of every device of the set. Fails where one has hung.
+/// The migration flags of every device of the set, once each is found able to take part.
 fn capabilities(lanes: &[DeviceLane]) -> Result<Vec<Capabilities>, OperationError> {
+    let ready = |lane: &DeviceLane| -> Result<Capabilities, DeviceError> {
+        lane.call(Call::Probe, |driver| driver.check_ready().map(|()| driver.capabilities().migration))?
+    };
     lanes
         .iter()
         .map(|lane| {
-            lane.call(Call::Probe, |driver| driver.capabilities().migration).map_err(|hung| {
-                let mut unwound = Unwound::new();
-                unwound.device(lane, Err(hung));
-                unwound.into_error()
-            })
+            ready(lane).map_err(|reason| OperationError::NotReady { device: lane.identity().clone(), reason })
         })
         .collect()
 }

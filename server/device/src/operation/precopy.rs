@@ -101,7 +101,7 @@ impl Left {
         if self.copied_bytes == 0 || self.elapsed.is_zero() {
             return None;
         }
-        let nanos = u128::from(bytes) * self.elapsed.as_nanos() / u128::from(self.copied_bytes);
+        let nanos = u128::from(bytes).saturating_mul(self.elapsed.as_nanos()) / u128::from(self.copied_bytes);
         Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
 }

@@ -10,7 +10,7 @@ use vfio_checkpoint_fsm::{
 use super::{BoxError, Cause, OperationError, Unwound, capabilities};
 use crate::driver::{Armed, Driver, Failure, FixedUp, Loaded, RestoreSession, Standing};
 use crate::lane::Hung;
-use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, Seal, Verifier};
+use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, Seal, VerifiedChunk, Verifier};
 
 /// Gives the state of a set of devices, counted from 0 in the order of the set.
 pub trait StateSource {
@@ -124,7 +124,12 @@ impl<'a> Run<'a> {
                 }
                 (done, RestoreEvent::AllRunning)
             }
-            RestoreCommand::UndoEntry | RestoreCommand::ResetAll => return Some(self.undo()),
+            RestoreCommand::UndoEntry => return Some(self.undo()),
+            // Past the entry every device gave up what it had, whatever its way back was.
+            RestoreCommand::ResetAll => {
+                let event = self.undo();
+                return Some(if event == RestoreEvent::Recovered { RestoreEvent::AllReset } else { event });
+            }
             RestoreCommand::Release => return None,
             RestoreCommand::Quarantine => {
                 self.quarantine_set();
@@ -152,36 +157,41 @@ impl<'a> Run<'a> {
     fn load(&mut self) -> Result<(), Noted> {
         for index in 0..self.seats.len() {
             let lane = self.seats[index].lane;
-            while let Some(bytes) = self.fetch(index)? {
+            let mut next = self.fetch(index)?;
+            while let Some(chunk) = next {
                 let Hold::Loading(mut session) = self.take(index) else {
                     return Err(self.fail_device(index, DeviceError::Poisoned));
                 };
-                let chunk = self.seats[index].verifier.accept(bytes);
-                let written = lane.call(Call::Write, move |_| {
+                let writing = lane.start(Call::Write, move |_| {
                     let written = session.write(&chunk);
                     (session, written)
                 });
-                match written {
-                    Ok((session, Ok(()))) => self.seats[index].hold = Hold::Loading(session),
-                    Ok((session, Err(error))) => {
-                        self.seats[index].hold = Hold::Loading(session);
-                        return Err(self.fail_device(index, error));
-                    }
+                let fetched = self.fetch(index);
+                let (session, written) = match writing.wait() {
+                    Ok(done) => done,
                     Err(hung) => {
                         self.unwound.device(lane, Err(hung));
                         return Err(Noted);
                     }
+                };
+                self.seats[index].hold = Hold::Loading(session);
+                if let Err(error) = written {
+                    return Err(self.fail_device(index, error));
                 }
+                next = fetched?;
             }
         }
         Ok(())
     }
 
-    fn fetch(&mut self, index: usize) -> Result<Option<Bytes>, Noted> {
-        self.source.chunk(index).map_err(|error| {
-            self.unwound.blame(Cause::Other(error));
-            Noted
-        })
+    fn fetch(&mut self, index: usize) -> Result<Option<VerifiedChunk>, Noted> {
+        match self.source.chunk(index) {
+            Ok(bytes) => Ok(bytes.map(|bytes| self.seats[index].verifier.accept(bytes))),
+            Err(error) => {
+                self.unwound.blame(Cause::Other(error));
+                Err(Noted)
+            }
+        }
     }
 
     fn verify(&mut self) -> Result<(), Noted> {

@@ -8,7 +8,7 @@ use vfio_checkpoint_fsm::{
 };
 
 use super::{BoxError, Cause, Decision, Left, OperationError, PrecopyPolicy, Unwound, capabilities};
-use crate::driver::{Driver, Failure, Quiesced, SaveMode, SaveSession, Stopped};
+use crate::driver::{Driver, Failure, Peers, Quiesced, SaveMode, SaveSession, Stopped};
 use crate::lane::{Batch, Hung, Then};
 use crate::pool::chunk_bytes_for;
 use crate::{Call, ChunkPool, ConfigCapture, DataSize, DeviceError, DeviceLane, PrecopyInfo};
@@ -69,7 +69,10 @@ pub fn save(
             Step::Moved { to, command } => match run.execute(command) {
                 Some(event) => step = to.on(plan, event),
                 None if to.is_success() => return Ok(run.report()),
-                None => return Err(run.unwound.into_error()),
+                None => {
+                    run.unwound.sealed = to.is_past_no_return();
+                    return Err(run.unwound.into_error());
+                }
             },
             // Neither can be: each event here answers the command before it, which the state waits for.
             Step::NoOp(state) => return Err(run.lost_track(state, None)),
@@ -121,6 +124,10 @@ impl<'a> Run<'a> {
         let begun = lanes.first().map_or(Duration::ZERO, |lane| lane.executor().now());
         let unwound = Unwound::new();
         Self { seats, plan, policy, sink, unwound, begun, stopping: None, ended: begun, precopy_bytes: 0 }
+    }
+
+    fn peers(&self) -> Peers {
+        if self.plan.barrier && self.seats.len() > 1 { Peers::Barrier } else { Peers::None }
     }
 
     fn now(&self) -> Duration {
@@ -207,6 +214,7 @@ impl<'a> Run<'a> {
     }
 
     fn quiesce(&mut self) -> Result<(), Noted> {
+        let peers = self.peers();
         for index in 0..self.seats.len() {
             match self.take(index) {
                 Hold::Saving(session) => {
@@ -217,8 +225,8 @@ impl<'a> Run<'a> {
                 }
                 Hold::Nothing | Hold::Quiesced(_) | Hold::Stopped(_) => {
                     self.ask_size(index)?;
-                    let hold = self.step(index, Call::SetState(State::RunningP2p), |driver| {
-                        driver.quiesce_running().map(Hold::Quiesced)
+                    let hold = self.step(index, Call::SetState(State::RunningP2p), move |driver| {
+                        driver.quiesce_running(peers).map(Hold::Quiesced)
                     })?;
                     self.seats[index].hold = hold;
                 }
@@ -312,9 +320,20 @@ impl<'a> Run<'a> {
             Some(cause) => cause.to_string(),
             None => "the operation was given up".to_owned(),
         };
+        let cause = || DeviceError::GivenUp { reason: reason.clone() };
+        // Back as they came: no device runs freely while a peer is still stopped.
+        if self.peers() == Peers::Barrier {
+            for seat in &mut self.seats {
+                seat.hold = Hold::Nothing;
+                let cause = cause();
+                let call = Call::SetState(State::RunningP2p);
+                let ended = seat.lane.call(call, move |driver| driver.abort_to_barrier(cause));
+                self.unwound.device(seat.lane, ended);
+            }
+        }
         for seat in &mut self.seats {
             seat.hold = Hold::Nothing;
-            let cause = DeviceError::GivenUp { reason: reason.clone() };
+            let cause = cause();
             let ended = seat.lane.call(Call::SetState(State::Running), move |driver| driver.abort(cause));
             self.unwound.device(seat.lane, ended);
         }
@@ -339,7 +358,8 @@ impl<'a> Run<'a> {
             SaveMode::PreCopy => Call::SetState(State::PreCopy),
             SaveMode::StopCopy => Call::SetState(State::StopCopy),
         };
-        let session = self.step(index, call, move |driver| driver.begin_save(mode))?;
+        let peers = self.peers();
+        let session = self.step(index, call, move |driver| driver.begin_save(mode, peers))?;
         self.seats[index].hold = Hold::Saving(session);
         Ok(())
     }

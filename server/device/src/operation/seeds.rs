@@ -39,14 +39,14 @@ fn node(configs: &[SimConfig], faults: &[Vec<Fault>]) -> Node {
 
 fn is_quarantined(error: &OperationError, name: &str) -> bool {
     match error {
-        OperationError::Refused(_) => false,
+        OperationError::Refused(_) | OperationError::NotReady { .. } => false,
         OperationError::Failed { quarantined, .. } => quarantined.iter().any(|device| device.name == name),
     }
 }
 
 fn outcome(error: &OperationError) -> Outcome {
     match error {
-        OperationError::Refused(_) => Outcome::Preserved,
+        OperationError::Refused(_) | OperationError::NotReady { .. } => Outcome::Preserved,
         OperationError::Failed { outcome, .. } => *outcome,
     }
 }

@@ -7,11 +7,15 @@ use bytes::Bytes;
 use vfio_checkpoint_fsm::{AfterSave, Capabilities, Cutover, Outcome, PlanRefusal, SaveRequest, State};
 
 use super::{BoxError, Cause, OperationError, PrecopyPolicy, StateSink, StateSource, restore, save};
+use crate::driver::{Peers, SaveMode, Step};
 use crate::fault::{Fault, FaultyDevice};
-use crate::lane::DEFAULT_CALL_LIMIT;
+use crate::lane::{DEFAULT_CALL_LIMIT, Hung};
 use crate::seal::SealHasher;
-use crate::sim::{SimConfig, SimDevice, Workload};
-use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, Inline, Rearm, Seal, Threads};
+use crate::sim::{SimConfig, SimDevice, SimHandle, Workload};
+use crate::{
+    Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, Inline, MigrationDevice, Rearm, Seal,
+    Threads,
+};
 
 pub(super) const RESUME: SaveRequest =
     SaveRequest { pre_copy: true, cutover: Cutover::Auto, after: AfterSave::Resume };
@@ -20,6 +24,8 @@ pub(super) const RESUME: SaveRequest =
 pub(super) struct Node {
     pub(super) slots: Vec<SimDevice>,
     pub(super) lanes: Vec<DeviceLane>,
+    /// Duplicates that somebody else holds.
+    others: Vec<SimHandle>,
 }
 
 impl Node {
@@ -31,17 +37,19 @@ impl Node {
             .iter()
             .map(|config| SimDevice::new(config.clone(), Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap())
             .collect();
-        let lanes = slots
-            .iter()
+        let handles: Vec<SimHandle> = slots.iter().map(|slot| slot.open().unwrap()).collect();
+        let others = handles.iter().map(SimHandle::duplicate).collect();
+        let lanes = handles
+            .into_iter()
             .enumerate()
-            .map(|(index, slot)| {
+            .map(|(index, handle)| {
                 let faults = faults.get(index).copied().unwrap_or_default();
-                let device = FaultyDevice::new(Box::new(slot.open().unwrap()), faults, Arc::clone(&time));
+                let device = FaultyDevice::new(Box::new(handle), faults, Arc::clone(&time));
                 let driver = Driver::new(Box::new(device));
                 DeviceLane::new(driver, Arc::clone(&executor), DEFAULT_CALL_LIMIT).unwrap()
             })
             .collect();
-        Self { slots, lanes }
+        Self { slots, lanes, others }
     }
 
     pub(super) fn digests(&self) -> Vec<[u8; 32]> {
@@ -170,10 +178,10 @@ fn a_set_without_p2p_on_all_is_refused_untouched() {
 
 fn failed(error: OperationError) -> (Cause, Outcome, Vec<String>) {
     match error {
-        OperationError::Failed { cause, outcome, quarantined } => {
+        OperationError::Failed { cause, outcome, quarantined, .. } => {
             (cause, outcome, quarantined.into_iter().map(|device| device.name).collect())
         }
-        OperationError::Refused(refusal) => panic!("refused: {refusal}"),
+        other @ (OperationError::Refused(_) | OperationError::NotReady { .. }) => panic!("{other}"),
     }
 }
 
@@ -298,11 +306,211 @@ fn a_thread_that_never_returns_holds_up_nothing() {
     let hung = stuck.call(Call::Read, move |_| {
         let _ = until_released.recv();
     });
-    assert_eq!(hung.unwrap_err().call, Call::Read);
+    assert!(matches!(hung.unwrap_err(), Hung::Overdue { call: Call::Read, .. }));
     let (well, _slot) = lane("well", DEFAULT_CALL_LIMIT);
     let mut memory = Memory::new(1);
     save(&[well], RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
     assert!(stuck.call(Call::GetState, Driver::state).is_err());
     drop(release);
     assert!(stuck.call(Call::GetState, Driver::state).is_err(), "also when the call returned after all");
+}
+
+/// Of a set that fails, no device runs freely while another is still stopped.
+#[test]
+fn the_way_back_has_the_barrier_too() {
+    for target in [State::StopCopy, State::Stop, State::RunningP2p, State::Running] {
+        let source = Node::new(
+            &configs(2, |_| ()),
+            &[&[], &[Fault::Set { target, landing: State::Stop, errno: libc::EIO }]],
+        );
+        let error = save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut Memory::new(2)).unwrap_err();
+        let (_, outcome, quarantined) = failed(error);
+        assert_eq!((outcome, quarantined.len()), (Outcome::Preserved, 0), "{target}");
+        assert_eq!(source.states(), [State::Running; 2], "{target}");
+        // By the device's own account: out of STOP only to RUNNING_P2P, and one step at a time from there.
+        for slot in &source.slots {
+            let hops: Vec<String> = slot.take_hops().iter().map(|hop| hop.arc.to_string()).collect();
+            assert_eq!(hops.last().map(String::as_str), Some("RUNNING_P2P -> RUNNING"), "{target}");
+        }
+        let log: Vec<Vec<Step>> = source
+            .lanes
+            .iter()
+            .map(|lane| lane.call(Call::GetState, |driver| driver.steps().to_vec()).unwrap())
+            .collect();
+        for steps in log {
+            let back: Vec<State> = steps
+                .iter()
+                .rev()
+                .filter_map(|step| match step {
+                    Step::Set(state, _) => Some(*state),
+                    Step::ReadBack(_) | Step::Reset(_) => None,
+                })
+                .take(2)
+                .collect();
+            assert_eq!(back, [State::Running, State::RunningP2p], "{target}");
+        }
+    }
+}
+
+/// A device that somebody resets meanwhile: a restore of it did not succeed, and a save of it lost its state.
+#[test]
+fn what_is_reset_behind_the_drivers_back_is_never_called_a_success() {
+    struct Meddling {
+        memory: Memory,
+        other: SimHandle,
+        at_ready: bool,
+    }
+    impl StateSink for Meddling {
+        fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+            StateSink::chunk(&mut self.memory, device, bytes)
+        }
+        fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+            self.other.reset().unwrap();
+            StateSink::seal(&mut self.memory, config)
+        }
+    }
+    impl StateSource for Meddling {
+        fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
+            if !self.at_ready {
+                self.other.reset().unwrap();
+            }
+            StateSource::chunk(&mut self.memory, device)
+        }
+        fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
+            StateSource::seal(&mut self.memory, device)
+        }
+        fn config(&mut self, device: usize) -> Option<ConfigCapture> {
+            self.memory.config(device)
+        }
+        fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+            self.other.reset().unwrap();
+            Ok(())
+        }
+    }
+
+    let good = Node::new(&configs(1, |_| ()), &[]);
+    let mut memory = Memory::new(1);
+    save(&good.lanes, RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
+    for at_ready in [true, false] {
+        let mut target = Node::new(&configs(1, |config| config.seed += 100), &[]);
+        let mut copy = Memory::new(1);
+        copy.blobs.clone_from(&memory.blobs);
+        copy.config.clone_from(&memory.config);
+        let mut meddling = Meddling { memory: copy, other: target.others.remove(0), at_ready };
+        let (_, outcome, _) = failed(restore(&target.lanes, &mut meddling).unwrap_err());
+        assert_eq!(outcome, Outcome::StateLost);
+        assert_ne!(target.digests(), good.digests());
+    }
+
+    let mut source = Node::new(&configs(1, |_| ()), &[]);
+    let mut meddling = Meddling { memory: Memory::new(1), other: source.others.remove(0), at_ready: true };
+    let error = save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut meddling).unwrap_err();
+    assert!(
+        matches!(error, OperationError::Failed { sealed: true, .. }),
+        "what was saved is the last copy: {error}"
+    );
+    let (_, outcome, quarantined) = failed(error);
+    assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 1));
+}
+
+/// A call that hangs and then comes back must not go on: a copy that everybody believes dead could start to run.
+#[test]
+fn what_was_given_up_does_nothing_when_its_call_returns() {
+    for target in [State::StopCopy, State::RunningP2p] {
+        let takes = DEFAULT_CALL_LIMIT + Duration::from_secs(1);
+        let executor: Arc<dyn Executor> = Arc::new(Threads::new());
+        let config = SimConfig { memory_bytes: 50_000, ..SimConfig::default() };
+        let slot = SimDevice::new(config, Arc::new(Threads::new())).unwrap();
+        let (entered, is_in) = std::sync::mpsc::channel::<()>();
+        let (release, until_released) = std::sync::mpsc::channel::<()>();
+        let device = Stuck { inner: Box::new(slot.open().unwrap()), armed: true, entered, until_released };
+        let lane =
+            DeviceLane::new(Driver::new(Box::new(device)), executor, Duration::from_millis(20)).unwrap();
+        let (done, all_done) = std::sync::mpsc::channel::<()>();
+        // The first GET of the step hangs; behind it the step would SET.
+        let pending = lane.start(Call::SetState(target), move |driver| {
+            let failure = if target == State::StopCopy {
+                driver.begin_save(SaveMode::StopCopy, Peers::None).map(|_| ())
+            } else {
+                driver.quiesce_running(Peers::None).map(|_| ())
+            };
+            assert!(failure.is_err());
+            let _ = done.send(());
+        });
+        is_in.recv().unwrap();
+        assert!(matches!(pending.wait(), Err(Hung::Overdue { .. })));
+        release.send(()).unwrap();
+        all_done.recv_timeout(takes).unwrap();
+        assert_eq!(slot.state(), State::Running, "nothing was SET after the device had been given up");
+        assert!(slot.take_hops().is_empty());
+    }
+}
+
+/// A device whose first GET waits until it is released.
+#[derive(Debug)]
+struct Stuck {
+    inner: Box<dyn MigrationDevice>,
+    armed: bool,
+    entered: std::sync::mpsc::Sender<()>,
+    until_released: std::sync::mpsc::Receiver<()>,
+}
+
+impl MigrationDevice for Stuck {
+    fn identity(&self) -> &crate::Identity {
+        self.inner.identity()
+    }
+    fn fingerprint(&self) -> &crate::Fingerprint {
+        self.inner.fingerprint()
+    }
+    fn capabilities(&self) -> &crate::DeviceCapabilities {
+        self.inner.capabilities()
+    }
+    fn state(&mut self) -> Result<State, DeviceError> {
+        if std::mem::replace(&mut self.armed, false) {
+            let _ = self.entered.send(());
+            let _ = self.until_released.recv();
+        }
+        self.inner.state()
+    }
+    fn set_state(&mut self, target: State) -> Result<Option<crate::DataStream>, DeviceError> {
+        self.inner.set_state(target)
+    }
+    fn data_size(&mut self) -> Result<crate::DataSize, DeviceError> {
+        self.inner.data_size()
+    }
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.inner.reset()
+    }
+    fn dma_log(&mut self) -> Option<&mut dyn crate::DmaLog> {
+        self.inner.dma_log()
+    }
+    fn config_space(&mut self) -> Option<&mut dyn crate::ConfigSpace> {
+        self.inner.config_space()
+    }
+}
+
+/// Work that waits behind other work is not late, and work that dies is told apart from work that hangs.
+#[test]
+fn only_a_call_that_is_itself_late_condemns_a_device() {
+    let executor = Inline::new(1);
+    let time = executor.time();
+    let slot = SimDevice::new(SimConfig::default(), Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap();
+    let limit = Duration::from_secs(3);
+    let lane =
+        DeviceLane::new(Driver::new(Box::new(slot.open().unwrap())), Arc::new(executor), limit).unwrap();
+    let delayed =
+        |time: Arc<crate::executor::VirtualTime>| move |_: &mut Driver| time.advance(Duration::from_secs(2));
+    let pending: Vec<_> = (0..3).map(|_| lane.start(Call::DataSize, delayed(Arc::clone(&time)))).collect();
+    for one in pending {
+        one.wait().unwrap();
+    }
+
+    let threads: Arc<dyn Executor> = Arc::new(Threads::new());
+    let slot = SimDevice::new(SimConfig::default(), Arc::new(Threads::new())).unwrap();
+    let lane = DeviceLane::new(Driver::new(Box::new(slot.open().unwrap())), threads, limit).unwrap();
+    let died = lane.call(Call::Reset, |_| std::panic::resume_unwind(Box::new("a defect")));
+    let _: () = match died {
+        Err(hung) => assert_eq!(hung, Hung::Died { call: Call::Reset }),
+        Ok(()) => panic!("it did not die"),
+    };
 }

@@ -45,6 +45,10 @@ pub(crate) enum Command {
     Save(Save),
     /// Restore a device's state from a file
     Restore(Restore),
+    /// Bring a device that somebody left in the middle of something back to RUNNING, with its state
+    Recover(One),
+    /// Reset a device: its state is lost, and it runs
+    Reset(One),
 }
 
 #[derive(Debug, Args)]
@@ -85,6 +89,14 @@ pub(crate) struct Restore {
     /// Keep the device open, running, until standard input ends
     #[arg(long)]
     pub(crate) hold: bool,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct One {
+    /// PCI address or mdev UUID
+    pub(crate) device: String,
     #[command(flatten)]
     pub(crate) common: Common,
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::process::ExitCode;
 
 use vfio_checkpoint_device::chain;
+use vfio_checkpoint_device::driver::{Failure, Standing};
 use vfio_checkpoint_device::operation::OperationError;
 use vfio_checkpoint_fsm::Outcome;
 
@@ -44,6 +45,19 @@ impl CommandFailure {
         Self { status: ExitStatus::Failed, text: chain(error) }
     }
 
+    /// It did what was asked for, and could not say so.
+    pub(crate) fn unprinted(error: &dyn std::error::Error) -> Self {
+        let text = format!("done, but the result cannot be printed: {}", chain(error));
+        Self { status: ExitStatus::Failed, text }
+    }
+
+    /// A device could not be brought to where it should be.
+    pub(crate) fn of_device(failure: &Failure) -> Self {
+        let kept = failure.outcome == Outcome::Preserved && failure.standing == Standing::InService;
+        let status = if kept { ExitStatus::Failed } else { ExitStatus::StateLost };
+        Self { status, text: failure.to_string() }
+    }
+
     pub(crate) fn status(&self) -> ExitStatus {
         self.status
     }
@@ -53,6 +67,7 @@ impl From<OperationError> for CommandFailure {
     fn from(error: OperationError) -> Self {
         match &error {
             OperationError::Refused(refusal) => Self::blocked(format!("nothing was touched: {refusal}")),
+            OperationError::NotReady { .. } => Self::blocked(chain(&error)),
             OperationError::Failed { outcome, quarantined, .. } => {
                 let kept = *outcome == Outcome::Preserved && quarantined.is_empty();
                 let status = if kept { ExitStatus::Failed } else { ExitStatus::StateLost };

@@ -6,6 +6,7 @@ use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, SysRoots, d
 
 use crate::args::Output;
 use crate::failure::CommandFailure;
+use crate::output::{line, print_json, print_table};
 
 /// One device with what stands in its way, as JSON.
 #[derive(Serialize)]
@@ -29,7 +30,7 @@ pub(crate) fn list(output: Output) -> Result<(), CommandFailure> {
         Output::Table => {
             let header = ["DEVICE", "DRIVER", "GROUP", "NUMA", "MIGRATABLE", "HELD BY"].map(str::to_owned);
             let rows: Vec<[String; 6]> = entries.iter().map(|entry| row(&entry.device)).collect();
-            print_table(&header, &rows);
+            print_table(&header, &rows)?;
             if rows.is_empty() {
                 eprintln!("no VFIO device, virtual function or mediated device on this node");
             }
@@ -46,14 +47,14 @@ pub(crate) fn info(name: &str, output: Output) -> Result<(), CommandFailure> {
         Output::Table => {
             let header = ["DEVICE", "DRIVER", "GROUP", "NUMA", "MIGRATABLE", "HELD BY"];
             for (name, value) in header.into_iter().zip(row(&entry.device)) {
-                println!("{name:<11} {value}");
+                line(format_args!("{name:<11} {value}"))?;
             }
-            println!("{:<11} {}", "WHY", entry.device.migratable.reason());
+            line(format_args!("{:<11} {}", "WHY", entry.device.migratable.reason()))?;
             for blocker in &entry.blockers {
-                println!("{:<11} {blocker}", "BLOCKED BY");
+                line(format_args!("{:<11} {blocker}", "BLOCKED BY"))?;
             }
             for note in &entry.device.notes {
-                println!("{:<11} {note}", "NOTE");
+                line(format_args!("{:<11} {note}", "NOTE"))?;
             }
             Ok(())
         }
@@ -79,22 +80,4 @@ fn row(device: &Discovered) -> [String; 6] {
         device.migratable.verdict().to_string(),
         or_dash((!holders.is_empty()).then(|| holders.join(", "))),
     ]
-}
-
-fn print_table<const N: usize>(header: &[String; N], rows: &[[String; N]]) {
-    let width = |column: usize| {
-        std::iter::once(header).chain(rows).map(|row| row[column].chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    for row in std::iter::once(header).chain(rows) {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:<width$}")).collect();
-        println!("{}", cells.join("  ").trim_end());
-    }
-}
-
-pub(crate) fn print_json<T: Serialize>(value: &T) -> Result<(), CommandFailure> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| CommandFailure::failed(&error))?;
-    println!("{text}");
-    Ok(())
 }

@@ -5,20 +5,20 @@
 //!   target.rs    a device's name -> an opened device on its lane (kernel, or simulated)
 //!   list.rs      list, info: what sysfs shows, nothing opened
 //!   transfer.rs  save, restore: a state file at one end, a device at the other
+//!   mend.rs      recover, reset: a device that somebody left in the middle of something
+//!   output.rs    results, as tables or as JSON
 //!   failure.rs   what went wrong -> the exit code and the words for it
 //! ```
 //! Results go to standard output, everything else to standard error. Exit codes are part of the interface; see
 //! [`failure::ExitStatus`].
 
-#![allow(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a command line speaks on its standard streams"
-)]
+#![allow(clippy::print_stderr, reason = "messages go to standard error; results go through output.rs")]
 
 mod args;
 mod failure;
 mod list;
+mod mend;
+mod output;
 mod target;
 mod transfer;
 
@@ -36,6 +36,8 @@ fn main() -> ExitCode {
         Command::Info { device, output } => list::info(&device, output),
         Command::Save(save) => transfer::save(&save),
         Command::Restore(restore) => transfer::restore(&restore),
+        Command::Recover(one) => mend::recover(&one),
+        Command::Reset(one) => mend::reset(&one),
     };
     match done {
         Ok(()) => ExitStatus::Done.into(),

@@ -1,6 +1,6 @@
 //! `save` and `restore`: a state file at one end, a device at the other.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest};
 
 use crate::args::{Output, Restore, Save};
 use crate::failure::CommandFailure;
-use crate::list::print_json;
+use crate::output::{line, print_json};
 use crate::target::Target;
 
 /// What a save did.
@@ -85,13 +85,12 @@ pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
     match arguments.common.output {
         Output::Json => print_json(&saved),
         Output::Table => {
-            println!("saved {} to {}", saved.device, arguments.file.display());
-            println!("  state     {}", saved.seal);
-            println!("  pre-copy  {} bytes while the device ran", saved.pre_copied_bytes);
+            line(format_args!("saved {} to {}", saved.device, arguments.file.display()))?;
+            line(format_args!("  state     {}", saved.seal))?;
+            line(format_args!("  pre-copy  {} bytes while the device ran", saved.pre_copied_bytes))?;
             let after = if saved.left_stopped { "; the device stays stopped" } else { "" };
-            println!("  downtime  {:.1} ms of {:.1} ms{after}", saved.downtime_ms, saved.took_ms);
-            print_digest(saved.device_digest.as_deref());
-            Ok(())
+            line(format_args!("  downtime  {:.1} ms of {:.1} ms{after}", saved.downtime_ms, saved.took_ms))?;
+            print_digest(saved.device_digest.as_deref())
         }
     }
 }
@@ -135,27 +134,30 @@ pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
         rearm: source.rearm,
         device_digest: opened.sim.as_ref().map(digest),
     };
+    let printed = print_restored(&restored, arguments);
+    if arguments.hold {
+        // Before anything that could end this process: the device is let go of with it.
+        eprintln!("holding {}; it is let go when standard input ends", restored.device);
+        // Whatever ends the input ends the hold.
+        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+    }
+    printed
+}
+
+fn print_restored(restored: &Restored, arguments: &Restore) -> Result<(), CommandFailure> {
     match arguments.common.output {
-        Output::Json => print_json(&restored)?,
+        Output::Json => print_json(restored),
         Output::Table => {
-            println!("restored {} from {}", restored.device, arguments.file.display());
-            println!("  state     {}, verified", restored.seal);
-            println!("  took      {:.1} ms", restored.took_ms);
+            line(format_args!("restored {} from {}", restored.device, arguments.file.display()))?;
+            line(format_args!("  state     {}, verified", restored.seal))?;
+            line(format_args!("  took      {:.1} ms", restored.took_ms))?;
             if let Some(rearm) = restored.rearm {
-                println!(
-                    "  re-arm    {} vectors of {:?}, by whoever uses the device",
-                    rearm.vectors, rearm.kind
-                );
+                let Rearm { kind, vectors } = rearm;
+                line(format_args!("  re-arm    {vectors} vectors of {kind:?}, by whoever uses the device"))?;
             }
-            print_digest(restored.device_digest.as_deref());
+            print_digest(restored.device_digest.as_deref())
         }
     }
-    if arguments.hold {
-        eprintln!("holding {}; it is let go when standard input ends", opened.lane.identity());
-        // Whatever ends the input ends the hold.
-        let _ = io::stdin().read_to_end(&mut Vec::new());
-    }
-    Ok(())
 }
 
 fn milliseconds(duration: Duration) -> f64 {
@@ -166,10 +168,8 @@ fn digest(device: &SimDevice) -> String {
     Seal { bytes: 0, blake3: device.digest() }.hex()
 }
 
-fn print_digest(digest: Option<&str>) {
-    if let Some(digest) = digest {
-        println!("  device    digest {digest}");
-    }
+fn print_digest(digest: Option<&str>) -> Result<(), CommandFailure> {
+    digest.map_or(Ok(()), |digest| line(format_args!("  device    digest {digest}")))
 }
 
 /// A bar on a terminal, nothing elsewhere.
