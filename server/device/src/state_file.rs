@@ -3,7 +3,7 @@
 //! ```text
 //!   "VFIODEV\x01"   8 bytes: magic and format version
 //!   header length   u32
-//!   header          JSON: the device, its fingerprint and capabilities
+//!   header          JSON: the device and its fingerprint
 //!   state           the device's own bytes, as they came
 //!   trailer         JSON: the seal on the state, what was captured of configuration space
 //!   trailer length  u32

@@ -78,6 +78,13 @@ fn interrupts(facts: &Facts) {
         assert!(rearm.apply(space, &borrowed[1..]).is_err(), "one eventfd a vector");
         rearm.apply(space, &borrowed).expect("armed interrupts");
         assert_eq!(space.capture().expect("a capture").interrupts, captured.interrupts);
+        for (vector, fd) in (0..).zip(&fds) {
+            device.trigger(kind, vector).expect("a triggered vector");
+            let mut count = [0; 8];
+            rustix::io::read(fd, &mut count).expect("the vector's own eventfd");
+            assert_eq!(u64::from_ne_bytes(count), 1, "{kind:?} vector {vector}");
+        }
+        let space = device.config_space().expect("a PCI function");
         space.disarm(kind).expect("disarmed interrupts");
         assert_eq!(space.capture().expect("a capture").interrupts, None);
     }

@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,7 +15,10 @@ use crate::fault::{Fault, FaultyDevice};
 use crate::pool::MIN_CHUNK_BYTES;
 use crate::seal::SealHasher;
 use crate::sim::{SimConfig, SimDevice};
-use crate::{Call, ChunkPool, DeviceError, Seal, Verifier};
+use crate::{
+    Call, ChunkPool, DeviceError, DirtyReport, InterruptKind, IovaRange, MigrationDevice, PciCommand, Rearm,
+    Seal, Verifier,
+};
 
 const EIO: i32 = libc::EIO;
 
@@ -416,4 +420,79 @@ fn a_recovery_that_makes_it_worse_is_told_as_it_is() {
         assert_eq!((failure.state, failure.outcome), (Some(landing), outcome));
         assert_eq!(failure.standing, Standing::Quarantined);
     }
+}
+
+#[test]
+fn configuration_space_is_captured_restored_within_the_whitelist_and_interrupts_are_armed_again() {
+    let eventfds = |count: u32| -> Vec<OwnedFd> {
+        (0..count).map(|_| rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap()).collect()
+    };
+    let parity = 1 << 6;
+    let wanted = PciCommand::MEMORY | PciCommand::BUS_MASTER;
+    let (source, time) = slot(FULL);
+    let mut handle = source.open().unwrap();
+    let space = handle.config_space().unwrap();
+    space.set_command(PciCommand(wanted | parity)).unwrap();
+    let fds = eventfds(3);
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    space.arm(InterruptKind::MsiX, &borrowed).unwrap();
+    let mut source = Driver::new(Box::new(handle));
+    let mut session = source.begin_save(SaveMode::StopCopy, Peers::None).unwrap();
+    let mut state = Vec::new();
+    while let SaveRead::Chunk(chunk) = session.read(&pool()).unwrap() {
+        state.extend_from_slice(&chunk);
+    }
+    let stopped = source.finish_save(session).unwrap();
+    let capture = *stopped.config().unwrap();
+    assert_eq!(capture.interrupts, Some(Rearm { kind: InterruptKind::MsiX, vectors: 3 }));
+
+    let (device, _) = slot(FULL);
+    let mut destination = driver(&device, &time, &[]);
+    let load = |destination: &mut Driver| {
+        let mut session = destination.begin_restore().unwrap();
+        let mut verifier = Verifier::new();
+        session.write(&verifier.accept(Bytes::from(state.clone()))).unwrap();
+        let seal = verifier.finish(&seal_of(&state)).unwrap();
+        let loaded = destination.verified(session, &seal).unwrap();
+        destination.fix_up(loaded, Some(&capture)).unwrap()
+    };
+    let fixed = load(&mut destination);
+    assert_eq!(fixed.rearm(), capture.interrupts);
+    let fds = eventfds(3);
+    let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    let refused = destination.arm(fixed, &borrowed[1..]).unwrap_err();
+    assert_eq!(
+        (refused.outcome, refused.resets()),
+        (Outcome::StateLost, 1),
+        "two eventfds for three vectors"
+    );
+
+    let fixed = load(&mut destination);
+    let armed = destination.arm(fixed, &borrowed).unwrap();
+    destination.enter_running(&armed).unwrap();
+    assert!(device.raise_interrupt(2).unwrap());
+    let mut count = [0; 8];
+    rustix::io::read(&fds[2], &mut count).unwrap();
+    assert_eq!(u64::from_ne_bytes(count), 1, "the vector reaches its own eventfd");
+    let mut device = destination.into_device();
+    let command = device.config_space().unwrap().command().unwrap();
+    assert_eq!(
+        command.0 & (wanted | parity),
+        wanted,
+        "parity is policy of the node, not state of the device"
+    );
+}
+
+#[test]
+fn a_log_that_cannot_be_read_counts_every_page() {
+    let (device, time) = slot(FULL);
+    let mut driver = driver(&device, &time, &[]);
+    let range = IovaRange::new(0, 1 << 20).unwrap();
+    // Nothing is logged yet, which the device refuses to report.
+    let report = driver.report_dma_log(range, 4096).unwrap();
+    assert!(matches!(&report, DirtyReport::AllDirty { .. }), "{report:?}");
+    assert_eq!(report.ranges(), [range]);
+    assert_eq!(driver.start_dma_log(4096, &[range]).unwrap(), 4096);
+    assert_eq!(driver.report_dma_log(range, 4096).unwrap().ranges(), []);
+    assert!(driver.start_dma_log(3000, &[range]).is_err());
 }

@@ -4,7 +4,8 @@
 //! 6.12 unless they say otherwise; a driver that was mended keeps its entry for as long as old kernels run.
 //!
 //! # Invariants
-//! - A fact changes what is *believed* of a device, or says what never to ask of it. It never adds a hidden call.
+//! - A fact changes what is *believed* of a device, says what never to ask of it, or is there for whoever reads a
+//!   report of that device. It never adds a hidden call.
 //! - Each driver has a fact at most once.
 
 use std::fmt;

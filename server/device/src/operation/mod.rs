@@ -36,7 +36,6 @@ pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How an operation ended that did not succeed.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum OperationError {
     /// The set cannot be handled as one. Nothing was touched.
     #[error("nothing was touched")]

@@ -42,8 +42,8 @@ pub struct Left {
     pub nothing_now: bool,
     /// Bytes handed out so far.
     pub copied_bytes: u64,
-    /// Time since pre-copy began.
-    pub elapsed: Duration,
+    /// How long the copying took. Pauses, and the copying of other devices, do not count: a stop has none.
+    pub copying: Duration,
 }
 
 /// What to do.
@@ -58,13 +58,16 @@ pub enum Decision {
 }
 
 impl PrecopyPolicy {
-    /// Decides.
-    pub fn decide(&self, left: &Left) -> Decision {
-        let initial_done = left.precopy.map_or(left.nothing_now, |info| info.initial_bytes == 0);
-        let fits = left.predicted_downtime().is_some_and(|downtime| downtime <= self.downtime_limit);
+    /// Decides for a set of devices, `elapsed` after pre-copy began. They are drained one after another, so what each
+    /// would take adds up.
+    pub fn decide(&self, left: &[Left], elapsed: Duration) -> Decision {
+        let initial_done =
+            left.iter().all(|left| left.precopy.map_or(left.nothing_now, |info| info.initial_bytes == 0));
+        let downtime = left.iter().map(Left::predicted_downtime).sum::<Option<Duration>>();
+        let fits = downtime.is_some_and(|downtime| downtime <= self.downtime_limit);
         if initial_done && (fits || self.cannot_be_told(left)) {
             Decision::CutOver
-        } else if left.elapsed < self.time_budget {
+        } else if elapsed < self.time_budget {
             Decision::Continue
         } else if self.stop_over_limit {
             Decision::CutOver
@@ -75,8 +78,10 @@ impl PrecopyPolicy {
 
     /// A device that does not say how much a stop takes: waiting longer brings no better knowledge. Where the caller
     /// insists on the limit, unknown meets no limit.
-    fn cannot_be_told(&self, left: &Left) -> bool {
-        self.stop_over_limit && left.nothing_now && left.stop_copy == DataSize::Unknown
+    fn cannot_be_told(&self, left: &[Left]) -> bool {
+        self.stop_over_limit
+            && left.iter().all(|left| left.nothing_now)
+            && left.iter().any(|left| left.stop_copy == DataSize::Unknown)
     }
 }
 
@@ -98,10 +103,10 @@ impl Left {
         if bytes == 0 {
             return Some(Duration::ZERO);
         }
-        if self.copied_bytes == 0 || self.elapsed.is_zero() {
+        if self.copied_bytes == 0 || self.copying.is_zero() {
             return None;
         }
-        let nanos = u128::from(bytes).saturating_mul(self.elapsed.as_nanos()) / u128::from(self.copied_bytes);
+        let nanos = u128::from(bytes).saturating_mul(self.copying.as_nanos()) / u128::from(self.copied_bytes);
         Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
     }
 }
@@ -116,39 +121,49 @@ mod tests {
         stop_over_limit: false,
     };
 
-    fn left(initial: u64, dirty: u64, elapsed_ms: u64) -> Left {
+    /// 1000 bytes were copied in a second.
+    fn left(initial: u64, dirty: u64) -> Left {
         Left {
             precopy: Some(PrecopyInfo { initial_bytes: initial, dirty_bytes: dirty, reinit: false }),
             stop_copy: DataSize::UpperBound(1000),
             nothing_now: false,
             copied_bytes: 1000,
-            elapsed: Duration::from_millis(elapsed_ms),
+            copying: Duration::from_secs(1),
         }
     }
 
+    const SOON: Duration = Duration::from_secs(1);
+
     #[test]
     fn cuts_over_when_the_rest_fits_the_limit() {
-        // 1000 bytes in 1 s: 100 bytes fit into 100 ms and 101 do not.
-        assert_eq!(POLICY.decide(&left(0, 100, 1000)), Decision::CutOver);
-        assert_eq!(POLICY.decide(&left(0, 101, 1000)), Decision::Continue);
-        assert_eq!(POLICY.decide(&left(1, 0, 1000)), Decision::Continue, "initial bytes are left");
+        // 100 bytes fit into 100 ms and 101 do not.
+        assert_eq!(POLICY.decide(&[left(0, 100)], SOON), Decision::CutOver);
+        assert_eq!(POLICY.decide(&[left(0, 101)], SOON), Decision::Continue);
+        assert_eq!(POLICY.decide(&[left(1, 0)], SOON), Decision::Continue, "initial bytes are left");
+    }
+
+    #[test]
+    fn what_the_devices_of_a_set_take_adds_up() {
+        assert_eq!(POLICY.decide(&[left(0, 50), left(0, 50)], SOON), Decision::CutOver);
+        assert_eq!(POLICY.decide(&[left(0, 50), left(0, 51)], SOON), Decision::Continue);
+        assert_eq!(POLICY.decide(&[left(0, 0), left(1, 0)], SOON), Decision::Continue);
     }
 
     #[test]
     fn a_spent_budget_stops_or_gives_up_as_asked() {
-        assert_eq!(POLICY.decide(&left(0, 900, 9_999)), Decision::Continue);
-        assert_eq!(POLICY.decide(&left(0, 900, 10_000)), Decision::GiveUp);
+        let over = [left(0, 900)];
+        assert_eq!(POLICY.decide(&over, Duration::from_millis(9_999)), Decision::Continue);
+        assert_eq!(POLICY.decide(&over, Duration::from_secs(10)), Decision::GiveUp);
         let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
-        assert_eq!(stop.decide(&left(0, 900, 10_000)), Decision::CutOver);
+        assert_eq!(stop.decide(&over, Duration::from_secs(10)), Decision::CutOver);
     }
 
     #[test]
     fn unknown_meets_no_limit_unless_allowed() {
-        let unknown =
-            Left { precopy: None, stop_copy: DataSize::Unknown, nothing_now: true, ..left(0, 0, 1000) };
+        let unknown = Left { precopy: None, stop_copy: DataSize::Unknown, nothing_now: true, ..left(0, 0) };
         assert_eq!(unknown.predicted_downtime(), None);
-        assert_eq!(POLICY.decide(&unknown), Decision::Continue);
+        assert_eq!(POLICY.decide(&[unknown], SOON), Decision::Continue);
         let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
-        assert_eq!(stop.decide(&unknown), Decision::CutOver);
+        assert_eq!(stop.decide(&[unknown], SOON), Decision::CutOver);
     }
 }

@@ -87,6 +87,8 @@ struct Seat<'a> {
     hold: Hold,
     bytes: u64,
     pool: Option<ChunkPool>,
+    /// How long reading and handing on took while the device ran.
+    copying: Duration,
 }
 
 /// What is held of a device between two steps.
@@ -119,8 +121,10 @@ impl<'a> Run<'a> {
         policy: PrecopyPolicy,
         sink: &'a mut dyn StateSink,
     ) -> Self {
-        let seats =
-            lanes.iter().map(|lane| Seat { lane, hold: Hold::Nothing, bytes: 0, pool: None }).collect();
+        let seats = lanes
+            .iter()
+            .map(|lane| Seat { lane, hold: Hold::Nothing, bytes: 0, pool: None, copying: Duration::ZERO })
+            .collect();
         let begun = lanes.first().map_or(Duration::ZERO, |lane| lane.executor().now());
         let unwound = Unwound::new();
         Self { seats, plan, policy, sink, unwound, begun, stopping: None, ended: begun, precopy_bytes: 0 }
@@ -169,26 +173,25 @@ impl<'a> Run<'a> {
         }
         let mut pause = PAUSES.0;
         loop {
-            let (mut quiet, mut go_on) = (true, false);
+            let mut left = Vec::with_capacity(self.seats.len());
             for seat in 0..self.seats.len() {
-                let left = self.pre_copy_some(seat)?;
-                quiet &= left.nothing_now;
-                match self.policy.decide(&left) {
-                    Decision::CutOver => {}
-                    Decision::Continue => go_on = true,
-                    Decision::GiveUp => {
-                        let limit = self.policy.downtime_limit;
-                        let reason =
-                            format!("pre-copy did not bring the predicted downtime under {limit:?} in time");
-                        return Err(self.fail_device(seat, DeviceError::GivenUp { reason }));
-                    }
+                left.push(self.pre_copy_some(seat)?);
+            }
+            match self.policy.decide(&left, self.now().saturating_sub(self.begun)) {
+                Decision::CutOver => {
+                    self.precopy_bytes = self.seats.iter().map(|seat| seat.bytes).sum();
+                    return Ok(());
+                }
+                Decision::Continue => {}
+                Decision::GiveUp => {
+                    let limit = self.policy.downtime_limit;
+                    let reason =
+                        format!("pre-copy did not bring the predicted downtime under {limit:?} in time");
+                    self.unwound.blame(Cause::Other(reason.into()));
+                    return Err(Noted);
                 }
             }
-            if !go_on {
-                self.precopy_bytes = self.seats.iter().map(|seat| seat.bytes).sum();
-                return Ok(());
-            }
-            if quiet {
+            if left.iter().all(|left| left.nothing_now) {
                 if let Some(seat) = self.seats.first() {
                     seat.lane.executor().pause(pause);
                 }
@@ -201,6 +204,7 @@ impl<'a> Run<'a> {
 
     /// Reads one batch while the device runs, and says what is left.
     fn pre_copy_some(&mut self, seat: usize) -> Result<Left, Noted> {
+        let begun = self.now();
         let then = self.read_batch(seat)?;
         let (precopy, nothing_now): (Option<PrecopyInfo>, bool) = match then {
             Then::More(info) => (info, false),
@@ -208,9 +212,13 @@ impl<'a> Run<'a> {
             Then::End => (None, true),
             Then::Failed(error) => return Err(self.fail_device(seat, error)),
         };
+        if !nothing_now {
+            let took = self.now().saturating_sub(begun);
+            self.seats[seat].copying += took;
+        }
         let stop_copy = self.call(seat, Call::DataSize, Driver::data_size)?.unwrap_or(DataSize::Unknown);
-        let elapsed = self.now().saturating_sub(self.begun);
-        Ok(Left { precopy, stop_copy, nothing_now, copied_bytes: self.seats[seat].bytes, elapsed })
+        let Seat { bytes: copied_bytes, copying, .. } = self.seats[seat];
+        Ok(Left { precopy, stop_copy, nothing_now, copied_bytes, copying })
     }
 
     fn quiesce(&mut self) -> Result<(), Noted> {

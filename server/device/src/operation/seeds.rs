@@ -16,7 +16,7 @@ use crate::sim::SimConfig;
 use crate::{Executor, Inline};
 
 const MEMORY_BYTES: u64 = 40_000;
-const RUNS: u64 = 2_000;
+const RUNS: u64 = 1_000;
 
 /// A set of one to three devices with the same random capabilities, and up to three faults in each.
 fn scenario(seed: u64) -> (Vec<SimConfig>, Vec<Vec<Fault>>) {

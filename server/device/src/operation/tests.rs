@@ -258,7 +258,7 @@ fn a_busy_device_is_pre_copied_until_the_rest_fits_or_given_up() {
     };
     let source = Node::new(&configs(1, busy), &[]);
     let (cause, outcome, _) = failed(save(&source.lanes, RESUME, insist, &mut Memory::new(1)).unwrap_err());
-    assert!(matches!(cause, Cause::Device { failure: DeviceError::GivenUp { .. }, .. }), "{cause}");
+    assert!(cause.to_string().contains("predicted downtime"), "{cause}");
     assert_eq!((outcome, source.states()), (Outcome::Preserved, vec![State::Running]));
 
     let source = Node::new(&configs(1, busy), &[]);

@@ -70,9 +70,12 @@ pub(crate) struct Save {
     /// With --pre-copy: when the budget is spent, let the device run on and fail, rather than stop it all the same
     #[arg(long, requires = "pre_copy")]
     pub(crate) insist: bool,
-    /// Leave the device stopped afterwards
+    /// Leave the device stopped afterwards. A PCI function runs again, reset, once nobody holds it: say --hold, too
     #[arg(long)]
     pub(crate) leave_stopped: bool,
+    /// Keep the device open afterwards, until standard input ends
+    #[arg(long)]
+    pub(crate) hold: bool,
     /// Replace FILE where it is there already
     #[arg(long)]
     pub(crate) replace: bool,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use vfio_checkpoint_device::chain;
 use vfio_checkpoint_device::driver::{Failure, Standing};
+use vfio_checkpoint_device::lane::Hung;
 use vfio_checkpoint_device::operation::OperationError;
 use vfio_checkpoint_fsm::Outcome;
 
@@ -51,6 +52,11 @@ impl CommandFailure {
         Self { status: ExitStatus::Failed, text }
     }
 
+    /// A device was given up: what it does is not known.
+    pub(crate) fn hung(hung: Hung) -> Self {
+        Self { status: ExitStatus::StateLost, text: hung.to_string() }
+    }
+
     /// A device could not be brought to where it should be.
     pub(crate) fn of_device(failure: &Failure) -> Self {
         let kept = failure.outcome == Outcome::Preserved && failure.standing == Standing::InService;
@@ -73,8 +79,6 @@ impl From<OperationError> for CommandFailure {
                 let status = if kept { ExitStatus::Failed } else { ExitStatus::StateLost };
                 Self { status, text: error.to_string() }
             }
-            // The enum may grow; what is not known is not called harmless.
-            _ => Self { status: ExitStatus::StateLost, text: chain(&error) },
         }
     }
 }

@@ -35,7 +35,7 @@ fn mend(
     let outcome = opened
         .lane
         .call(call, work)
-        .map_err(|hung| CommandFailure::failed(&hung))?
+        .map_err(CommandFailure::hung)?
         .map_err(|failure| CommandFailure::of_device(&failure))?;
     let device = opened.lane.identity().clone();
     let mended = Mended { device, state_preserved: outcome == Outcome::Preserved };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, SysRoots, find};
+use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, PciAddress, SysRoots, find};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions, facts};
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
 use vfio_checkpoint_device::sim::{SimConfig, SimDevice, Workload};
@@ -50,6 +50,15 @@ impl Target {
                     .ok_or_else(|| CommandFailure::blocked(format!("{name} is bound to no driver")))
             }
             Self::Sim(device) => Ok(device.identity().clone()),
+        }
+    }
+
+    /// Whether the kernel resets the device when its last holder closes it, as far as its name tells: it does a PCI
+    /// function.
+    pub(crate) fn resets_on_last_close(&self) -> bool {
+        match self {
+            Self::Kernel { name, .. } => name.parse::<PciAddress>().is_ok(),
+            Self::Sim(_) => false,
         }
     }
 

@@ -48,13 +48,17 @@ struct Restored {
 
 pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
     let target = Target::parse(&arguments.device, &arguments.common)?;
+    if arguments.leave_stopped && !arguments.hold && target.resets_on_last_close() {
+        return Err(CommandFailure::blocked(
+            "a PCI function is reset, and runs, when its last holder closes it: say --hold with --leave-stopped",
+        ));
+    }
     // Before the device is opened, which resets it: whatever is wrong with the file must cost nothing.
     let header = Header { device: target.identity()?, fingerprint: target.fingerprint()? };
     let writer = StateFileWriter::create(&arguments.file, &header, arguments.replace)
         .map_err(|error| CommandFailure::blocked(chain(&error)))?;
     let opened = target.open()?;
-    let size =
-        opened.lane.call(Call::DataSize, Driver::data_size).map_err(|hung| CommandFailure::failed(&hung))?;
+    let size = opened.lane.call(Call::DataSize, Driver::data_size).map_err(CommandFailure::hung)?;
     let progress = progress("saving", size.ok().and_then(DataSize::bytes));
     let mut sink = FileSink { writer: Some(writer), seal: None, progress, sim: opened.sim, digest: None };
 
@@ -82,8 +86,16 @@ pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
         left_stopped: arguments.leave_stopped,
         device_digest: sink.digest,
     };
+    let printed = print_saved(&saved, arguments);
+    if arguments.hold {
+        hold(&saved.device);
+    }
+    printed
+}
+
+fn print_saved(saved: &Saved, arguments: &Save) -> Result<(), CommandFailure> {
     match arguments.common.output {
-        Output::Json => print_json(&saved),
+        Output::Json => print_json(saved),
         Output::Table => {
             line(format_args!("saved {} to {}", saved.device, arguments.file.display()))?;
             line(format_args!("  state     {}", saved.seal))?;
@@ -93,6 +105,13 @@ pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
             print_digest(saved.device_digest.as_deref())
         }
     }
+}
+
+/// Keeps a device open. It is let go of with this process, so nothing that could end it comes before this.
+fn hold(device: &Identity) {
+    eprintln!("holding {device}; it is let go when standard input ends");
+    // Whatever ends the input ends the hold.
+    let _ = io::copy(&mut io::stdin(), &mut io::sink());
 }
 
 pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
@@ -136,10 +155,7 @@ pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
     };
     let printed = print_restored(&restored, arguments);
     if arguments.hold {
-        // Before anything that could end this process: the device is let go of with it.
-        eprintln!("holding {}; it is let go when standard input ends", restored.device);
-        // Whatever ends the input ends the hold.
-        let _ = io::copy(&mut io::stdin(), &mut io::sink());
+        hold(&restored.device);
     }
     printed
 }
