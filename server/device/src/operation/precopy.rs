@@ -76,12 +76,13 @@ impl PrecopyPolicy {
         }
     }
 
-    /// A device that does not say how much a stop takes: waiting longer brings no better knowledge. Where the caller
-    /// insists on the limit, unknown meets no limit.
+    /// No device has more to hand out, and for one of them it cannot be told what a stop takes: it does not say how
+    /// much state it has, or handed out nothing to measure a rate by. Waiting longer brings no better knowledge. Where
+    /// the caller insists on the limit, unknown meets no limit.
     fn cannot_be_told(&self, left: &[Left]) -> bool {
         self.stop_over_limit
             && left.iter().all(|left| left.nothing_now)
-            && left.iter().any(|left| left.stop_copy == DataSize::Unknown)
+            && left.iter().any(|left| left.predicted_downtime().is_none())
     }
 }
 

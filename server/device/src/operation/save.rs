@@ -204,7 +204,7 @@ impl<'a> Run<'a> {
 
     /// Reads one batch while the device runs, and says what is left.
     fn pre_copy_some(&mut self, seat: usize) -> Result<Left, Noted> {
-        let begun = self.now();
+        let (begun, copied) = (self.now(), self.seats[seat].bytes);
         let then = self.read_batch(seat)?;
         let (precopy, nothing_now): (Option<PrecopyInfo>, bool) = match then {
             Then::More(info) => (info, false),
@@ -212,7 +212,7 @@ impl<'a> Run<'a> {
             Then::End => (None, true),
             Then::Failed(error) => return Err(self.fail_device(seat, error)),
         };
-        if !nothing_now {
+        if self.seats[seat].bytes > copied {
             let took = self.now().saturating_sub(begun);
             self.seats[seat].copying += took;
         }
