@@ -10,12 +10,12 @@ use vfio_checkpoint_device::operation::{
     BoxError, OperationError, PrecopyPolicy, StateSource, restore, save,
 };
 use vfio_checkpoint_device::seal::SealHasher;
-use vfio_checkpoint_device::{ConfigCapture, Driver, MigrationDevice, Rearm, Seal, Verifier};
+use vfio_checkpoint_device::{ConfigCapture, MigrationDevice, Rearm, Seal, Verifier};
 use vfio_checkpoint_fsm::{AfterSave, Cutover, Outcome, SaveRequest, State};
 
 use crate::Test;
 use crate::facts::Facts;
-use crate::save_restore::{Memory, lane, open};
+use crate::save_restore::{Memory, driver, lane, open};
 use crate::uart;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -25,7 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// A whole blob of a device, by a save.
-fn blob(device: &KernelDevice) -> Vec<u8> {
+pub(crate) fn blob(device: &KernelDevice) -> Vec<u8> {
     let mut memory = Memory::new(1);
     let request = SaveRequest { pre_copy: false, cutover: Cutover::Auto, after: AfterSave::Resume };
     save(&[lane(device)], request, PrecopyPolicy::default(), &mut memory).expect("a save");
@@ -33,11 +33,8 @@ fn blob(device: &KernelDevice) -> Vec<u8> {
 }
 
 /// Loads `blob` under an honest seal, as far as the device takes it.
-fn load(device: &KernelDevice, blob: &[u8]) -> Result<(), Failure> {
-    let fds = device.duplicate_fds().expect("duplicates");
-    let duplicate =
-        KernelDevice::from_fds(fds, device.opened().identity().clone()).expect("an adopted device");
-    let mut driver = Driver::new(Box::new(duplicate));
+pub(crate) fn load(device: &KernelDevice, blob: &[u8]) -> Result<(), Failure> {
+    let mut driver = driver(device);
     let mut session = driver.begin_restore()?;
     let mut verifier = Verifier::new();
     let chunk = verifier.accept(Bytes::copy_from_slice(blob));
@@ -50,7 +47,7 @@ fn load(device: &KernelDevice, blob: &[u8]) -> Result<(), Failure> {
     driver.enter_running(&armed)
 }
 
-fn seal_of(blob: &[u8]) -> Seal {
+pub(crate) fn seal_of(blob: &[u8]) -> Seal {
     let mut hasher = SealHasher::new();
     hasher.update(blob);
     hasher.seal()

@@ -9,6 +9,8 @@ pub(crate) struct Facts {
     pub(crate) mtty1: Vec<String>,
     /// UUIDs of mtty devices with two ports: 96 bytes of state.
     pub(crate) mtty2: Vec<String>,
+    /// UUIDs of devices of the test-only mtty variant, with one port. What they do, `variant::Parameters` says.
+    pub(crate) mttyv1: Vec<String>,
     /// PCI address of an e1000e alone in its group, bound to vfio-pci.
     pub(crate) e1000e: String,
     /// PCI address of a function on vfio-pci whose group is not viable.
@@ -31,6 +33,7 @@ impl Facts {
         Ok(Self {
             mtty1: list("GUEST_MTTY1", 4)?,
             mtty2: list("GUEST_MTTY2", 2)?,
+            mttyv1: list("GUEST_MTTYV1", 4)?,
             e1000e: fact("GUEST_E1000E")?,
             nonviable: fact("GUEST_NONVIABLE")?,
             nonviable_peer: fact("GUEST_NONVIABLE_PEER")?,

@@ -1,10 +1,16 @@
-//! The hops that mtty really took, from the kernel log: built with DEBUG it logs each before it takes it.
+//! The hops that mtty really took, from the kernel log: built with DEBUG it logs each before it takes it. And whether
+//! the kernel had anything to complain of.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
 use vfio_checkpoint_fsm::State;
+
+use crate::Test;
+
+/// To be run last: it looks back on all others.
+pub(crate) const TESTS: &[Test] = &[("kmsg::the_kernel_warned_of_nothing", |_| no_warnings())];
 
 /// A reader of what the kernel logs from when it was made.
 #[derive(Debug)]
@@ -14,18 +20,29 @@ pub(crate) struct KernelLog {
 
 impl KernelLog {
     pub(crate) fn new() -> Self {
-        let mut file = OpenOptions::new()
+        let mut log = Self::from_boot();
+        log.file.seek(SeekFrom::End(0)).expect("the end of the kernel log");
+        log
+    }
+
+    /// A reader of everything since the kernel started.
+    fn from_boot() -> Self {
+        let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/kmsg")
             .expect("kernel log");
-        file.seek(SeekFrom::End(0)).expect("the end of the kernel log");
         Self { file }
     }
 
     /// The hops of the device `uuid` since the last call, taken or tried.
     pub(crate) fn hops(&mut self, uuid: &str) -> Vec<(State, State)> {
         self.lines().iter().filter_map(|line| parse_hop(line, uuid)).collect()
+    }
+
+    /// How many lines about the device `uuid` since the last call hold `text`.
+    pub(crate) fn mentions(&mut self, uuid: &str, text: &str) -> usize {
+        self.lines().iter().filter(|line| line.contains(uuid) && line.contains(text)).count()
     }
 
     fn lines(&mut self) -> Vec<String> {
@@ -57,4 +74,15 @@ fn parse_hop(line: &str, uuid: &str) -> Option<(State, State)> {
         State::try_from(number.trim().parse::<u32>().expect("a state's number")).expect("a state")
     };
     Some((state(from), state(to)))
+}
+
+/// A SET out of ERROR, a stream that a walk drops, a file used after its device: the kernel survives them and says so.
+fn no_warnings() {
+    let lines = KernelLog::from_boot().lines();
+    let complaints: Vec<_> = lines
+        .iter()
+        .filter(|line| ["cut here", "WARNING:", "BUG:"].iter().any(|complaint| line.contains(complaint)))
+        .collect();
+    assert!(complaints.is_empty(), "{complaints:#?}");
+    println!("figures: kernel log: {} lines and no warning", lines.len());
 }

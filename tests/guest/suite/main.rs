@@ -12,7 +12,9 @@
 //! | [`ownership`] | left-over states, duplicates, devices in use, devices that cannot migrate |
 //! | [`pci`] | `PCI_COMMAND` and interrupt fix-ups, DMA mappings, on an e1000e |
 //! | [`dma_log`] | the DMA log |
+//! | [`variant`] | what the kernel's mtty cannot show: other flags, reset on close, ENOMSG, dirty state, failing hops |
 //! | [`by_hand`] | the main job with the `vfio-device` binary, as a person does it |
+//! | [`kmsg`] | the kernel warned of nothing meanwhile |
 
 #![allow(
     clippy::print_stdout,
@@ -32,6 +34,7 @@ mod ownership;
 mod pci;
 mod save_restore;
 mod uart;
+mod variant;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -57,7 +60,9 @@ fn main() -> ExitCode {
         ownership::TESTS,
         pci::TESTS,
         dma_log::TESTS,
+        variant::TESTS,
         by_hand::TESTS,
+        kmsg::TESTS,
     ];
     let (mut passed, mut failed) = (0_u32, 0_u32);
     for (name, run) in tests.into_iter().flatten() {

@@ -149,6 +149,9 @@ fn discovery(facts: &Facts) {
     for name in facts.mtty1.iter().chain(&facts.mtty2) {
         assert_eq!(device(name).migratable.verdict(), Verdict::Candidate, "{name}");
     }
+    for name in &facts.mttyv1 {
+        assert_eq!(device(name).migratable.verdict(), Verdict::Unknown, "{name}: a driver nobody knows");
+    }
     for name in [&facts.e1000e, &facts.nonviable] {
         assert_eq!(device(name).migratable.verdict(), Verdict::No, "{name}");
     }
@@ -161,8 +164,8 @@ fn discovery(facts: &Facts) {
     assert!(holders(&facts.mtty2[0]).is_empty());
     assert_eq!(
         found.len(),
-        9,
-        "six mtty devices, two functions on vfio-pci, and what shares a group with one"
+        13,
+        "six mtty devices, four of its variant, two functions on vfio-pci, and what shares a group with one"
     );
     drop(holder);
     println!("figures: discovery: {} devices told apart without opening one", found.len());

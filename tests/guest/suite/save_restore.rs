@@ -95,16 +95,19 @@ impl StateSource for Memory {
     }
 }
 
-/// Puts a duplicate of a device on a lane; the device itself stays with the test, to look at its registers.
-pub(crate) fn lane(device: &KernelDevice) -> DeviceLane {
+/// A driver of a duplicate of a device; the device itself stays with the test, to look at its registers.
+pub(crate) fn driver(device: &KernelDevice) -> Driver {
     let fds = device.duplicate_fds().expect("duplicates");
     let identity = device.opened().identity().clone();
-    let duplicate = KernelDevice::from_fds(fds, identity).expect("an adopted device");
-    let driver = Driver::new(Box::new(duplicate));
-    DeviceLane::new(driver, Arc::new(Threads::new()), DEFAULT_CALL_LIMIT).expect("a lane")
+    Driver::new(Box::new(KernelDevice::from_fds(fds, identity).expect("an adopted device")))
 }
 
-fn request(pre_copy: bool) -> SaveRequest {
+/// The same, on a lane of its own.
+pub(crate) fn lane(device: &KernelDevice) -> DeviceLane {
+    DeviceLane::new(driver(device), Arc::new(Threads::new()), DEFAULT_CALL_LIMIT).expect("a lane")
+}
+
+pub(crate) fn request(pre_copy: bool) -> SaveRequest {
     SaveRequest { pre_copy, cutover: Cutover::Auto, after: AfterSave::Resume }
 }
 

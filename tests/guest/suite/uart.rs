@@ -8,11 +8,12 @@ use std::os::unix::fs::FileExt;
 
 use vfio_checkpoint_device::kernel::KernelDevice;
 
+/// The scratch register, which does nothing.
+const SCRATCH: u64 = 7;
 const DIVISOR_LOW: u64 = 0;
 const DIVISOR_HIGH: u64 = 1;
 const LINE_CONTROL: u64 = 3;
 const MODEM_CONTROL: u64 = 4;
-const SCRATCH: u64 = 7;
 const DIVISOR_LATCH: u8 = 0x80;
 /// Where vfio puts region `n` of a PCI-like device: at `n << 40` of the device fd.
 const REGION_SHIFT: u32 = 40;
@@ -35,6 +36,11 @@ pub(crate) fn program(device: &KernelDevice, ports: u8, seed: u8) {
             file.write_at(&[byte], offset(port, register)).expect("a register write");
         }
     }
+}
+
+/// Writes the scratch register of the first port: one register write and no more.
+pub(crate) fn scratch(device: &KernelDevice, value: u8) {
+    file(device).write_at(&[value], offset(0, SCRATCH)).expect("a register write");
 }
 
 /// The registers of every port, read one by one.
