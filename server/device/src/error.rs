@@ -10,6 +10,7 @@ use std::io;
 use vfio_checkpoint_fsm::{CapabilitiesError, Forbidden, State, UnknownState};
 
 use crate::lane::Hung;
+use crate::vfio_user::PeerError;
 
 /// A call on a device, as the driver names it in errors, traces and trajectories.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -197,6 +198,25 @@ pub enum DeviceError {
         /// Why.
         reason: String,
     },
+    /// The process that serves the device broke the protocol. What it did with the call is not known.
+    #[error("{call}: the process that serves the device broke the protocol")]
+    Peer {
+        /// What was asked.
+        call: Call,
+        /// How it did.
+        #[source]
+        source: Box<PeerError>,
+    },
+    /// The connection to the process that serves the device is lost, and with it all knowledge of the device's state.
+    #[error("{call}: the connection to the process that serves the device is lost")]
+    Disconnected {
+        /// What was asked.
+        call: Call,
+        /// How it went: ECONNRESET or EPIPE where the process is gone, ETIMEDOUT where it is late, ENOTCONN for every
+        /// call after that.
+        #[source]
+        source: io::Error,
+    },
     /// The device was given up: a call did not return in time, or died.
     #[error(transparent)]
     Hung(#[from] Hung),
@@ -213,10 +233,10 @@ impl DeviceError {
         Self::Os { call, source: io::Error::from_raw_os_error(errno) }
     }
 
-    /// The errno, where the device answered one.
+    /// The errno, where the device answered one, or the connection to it was lost with one.
     pub fn raw_os_error(&self) -> Option<i32> {
         match self {
-            Self::Os { source, .. } => source.raw_os_error(),
+            Self::Os { source, .. } | Self::Disconnected { source, .. } => source.raw_os_error(),
             Self::Forbidden { .. }
             | Self::UnknownState(_)
             | Self::Capabilities(_)
@@ -234,6 +254,7 @@ impl DeviceError {
             | Self::Poisoned
             | Self::GivenUp { .. }
             | Self::Displaced { .. }
+            | Self::Peer { .. }
             | Self::Hung(_) => None,
         }
     }

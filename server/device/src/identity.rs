@@ -13,6 +13,8 @@ pub enum Backend {
     Kernel,
     /// A simulated device in this process.
     Sim,
+    /// A device in another process, over a vfio-user socket.
+    VfioUser,
 }
 
 impl fmt::Display for Backend {
@@ -20,6 +22,7 @@ impl fmt::Display for Backend {
         f.write_str(match self {
             Self::Kernel => "kernel",
             Self::Sim => "sim",
+            Self::VfioUser => "vfio-user",
         })
     }
 }
@@ -27,7 +30,8 @@ impl fmt::Display for Backend {
 /// Which device this is, on this node.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Identity {
-    /// The slot's name on its node: a PCI address (`0000:03:00.1`), an mdev's UUID, a simulated device's name.
+    /// The slot's name on its node: a PCI address (`0000:03:00.1`), an mdev's UUID, a simulated device's name, a
+    /// socket's file name.
     pub name: String,
     /// The backend that serves it.
     pub backend: Backend,

@@ -1,7 +1,7 @@
 //! What a migratable device is: the interface, the driver that moves it along its states, and its backends.
 //!
 //! ```text
-//!   caller -> operation -> DeviceLane -> Driver -> MigrationDevice <- kernel | sim
+//!   caller -> operation -> DeviceLane -> Driver -> MigrationDevice <- kernel | vfio_user | sim
 //!              (a set)    (its thread)  (FSM plans)  (one call)
 //! ```
 //!
@@ -9,7 +9,7 @@
 //! 1. [`device`]: the interface every backend stands behind, and its rules;
 //! 2. [`driver`]: the sole executor of the state machine's plans; what happens when a SET fails;
 //! 3. [`lane`]: the device's own thread, and what a call that never returns costs;
-//! 4. [`sim`] and [`kernel`]: the backends.
+//! 4. [`sim`], [`kernel`] and [`vfio_user`]: the backends.
 //!
 //! Synchronous throughout: no async runtime, no network. The one module with `unsafe` is `kernel::sys`.
 
@@ -30,6 +30,7 @@ pub mod pool;
 pub mod seal;
 pub mod sim;
 pub mod state_file;
+pub mod vfio_user;
 
 pub use capabilities::{DataSize, DeviceCapabilities, PrecopyInfo};
 pub use config_space::{ConfigCapture, ConfigSpace, InterruptKind, PciCommand, Rearm};

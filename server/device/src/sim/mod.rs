@@ -43,6 +43,7 @@ mod pages;
 mod pci;
 mod registers;
 mod save;
+mod spec;
 mod streams;
 mod workload;
 
@@ -56,6 +57,7 @@ pub use self::config::{
     Validation, Workload,
 };
 pub use self::handle::SimHandle;
+pub use self::spec::{SPEC_HELP, SimSpecError};
 
 use self::hardware::Hardware;
 use crate::{Backend, Call, Clock, DeviceCapabilities, DeviceError, Fingerprint, Identity};

@@ -5,22 +5,19 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vfio_checkpoint_device::kernel::KernelPath;
+use vfio_checkpoint_device::sim::SPEC_HELP;
+
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 failed, the devices run with the state they had; 2 wrong usage; 3 cannot \
+                          work as things are, nothing was touched; 4 failed, device state was lost or a device needs a \
+                          decision.";
 
 /// Save a VFIO device's migration state to a file, and restore it.
 #[derive(Debug, Parser)]
 #[command(
     name = "vfio-device",
     version,
-    after_help = "Exit codes: 0 done; 1 failed, the devices run with the state they had; 2 wrong usage; 3 cannot work \
-                  as things are, nothing was touched; 4 failed, device state was lost or a device needs a decision.",
-    after_long_help = "A DEVICE is a PCI address (0000:03:00.1), the UUID of a mediated device, or a simulated device: \
-                       sim, or sim:KEY=VALUE,… with seed=NUMBER, memory=SIZE, dirty=SIZE (a second), firmware=TEXT, \
-                       where a SIZE is bytes or has the suffix KiB, MiB or GiB.\n\n\
-                       Opening a VFIO device resets it and takes it from everybody else: name only devices that are \
-                       yours. A PCI function is reset again when its last holder closes it.\n\n\
-                       Exit codes: 0 done; 1 failed, the devices run with the state they had; 2 wrong usage; 3 cannot \
-                       work as things are, nothing was touched; 4 failed, device state was lost or a device needs a \
-                       decision."
+    after_help = EXIT_CODES,
+    after_long_help = after_long_help()
 )]
 pub(crate) struct Arguments {
     #[command(subcommand)]
@@ -54,7 +51,7 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools, reason = "flags of a command line, each its own")]
 pub(crate) struct Save {
-    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]
+    /// PCI address, mdev UUID, vfio-user:PATH, or sim[:KEY=VALUE,…]
     pub(crate) device: String,
     /// Where to. It appears when it is whole, and not before
     pub(crate) file: PathBuf,
@@ -85,7 +82,7 @@ pub(crate) struct Save {
 
 #[derive(Debug, Args)]
 pub(crate) struct Restore {
-    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]
+    /// PCI address, mdev UUID, vfio-user:PATH, or sim[:KEY=VALUE,…]
     pub(crate) device: String,
     /// Where from. It is checked whole before the device is opened
     pub(crate) file: PathBuf,
@@ -144,4 +141,16 @@ impl From<Via> for KernelPath {
 
 fn milliseconds(text: &str) -> Result<Duration, String> {
     text.parse().map(Duration::from_millis).map_err(|_| "give a whole number of milliseconds".to_owned())
+}
+
+fn after_long_help() -> String {
+    format!(
+        "A DEVICE is a PCI address (0000:03:00.1), the UUID of a mediated device, a device process (vfio-user:PATH, by \
+         its socket), or a simulated device: {SPEC_HELP}.\n\n\
+         Opening a VFIO device resets it and takes it from everybody else: name only devices that are yours. A PCI \
+         function is reset again when its last holder closes it. A device process serves one client at a time, and most \
+         reset their device when it hangs up: what was restored lives as long as --hold, unless the process keeps it \
+         (vfio-user-device --keep-state).\n\n\
+         {EXIT_CODES}"
+    )
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   args.rs      what can be said on the command line
-//!   target.rs    a device's name -> an opened device on its lane (kernel, or simulated)
+//!   target.rs    a device's name -> an opened device on its lane (kernel, simulated, or a device process)
 //!   list.rs      list, info: what sysfs shows, nothing opened
 //!   transfer.rs  save, restore: a state file at one end, a device at the other
 //!   mend.rs      recover, reset: a device that somebody left in the middle of something

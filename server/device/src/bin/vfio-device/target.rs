@@ -1,11 +1,13 @@
 //! From a device's name on the command line to an opened device on its lane.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, PciAddress, SysRoots, find};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions, facts};
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
-use vfio_checkpoint_device::sim::{SimConfig, SimDevice, Workload};
+use vfio_checkpoint_device::sim::{SimConfig, SimDevice};
+use vfio_checkpoint_device::vfio_user::{ConnectOptions, VfioUserDevice};
 use vfio_checkpoint_device::{
     Clock, DeviceLane, Driver, Fingerprint, Identity, MigrationDevice, Threads, chain,
 };
@@ -15,8 +17,15 @@ use crate::failure::CommandFailure;
 
 /// A device that was named and not opened yet.
 pub(crate) enum Target {
-    Kernel { name: String, path: Option<KernelPath> },
+    Kernel {
+        name: String,
+        path: Option<KernelPath>,
+    },
     Sim(SimDevice),
+    /// A device process, by its socket.
+    VfioUser(PathBuf),
+    /// The same once it was asked something: hanging up in between might reset the device.
+    Connected(Box<VfioUserDevice>),
 }
 
 /// An opened device. The slot of a simulated one comes along: its digest proves a restore.
@@ -27,22 +36,24 @@ pub(crate) struct Opened {
 
 impl Target {
     pub(crate) fn parse(name: &str, common: &Common) -> Result<Self, CommandFailure> {
-        let sim = name.strip_prefix("sim").and_then(|rest| match rest.strip_prefix(':') {
-            Some(settings) => Some(settings),
-            None => rest.is_empty().then_some(""),
-        });
-        match sim {
+        if let Some(path) = name.strip_prefix("vfio-user:") {
+            return Ok(Self::VfioUser(path.into()));
+        }
+        match SimConfig::spec_in_name(name) {
             Some(settings) => {
+                let config =
+                    SimConfig::from_spec(settings).map_err(|error| CommandFailure::blocked(chain(&error)))?;
                 let clock: Arc<dyn Clock> = Arc::new(Threads::new());
-                let device = SimDevice::new(sim_config(settings)?, clock).map_err(CommandFailure::blocked)?;
+                let device = SimDevice::new(config, clock).map_err(CommandFailure::blocked)?;
                 Ok(Self::Sim(device))
             }
             None => Ok(Self::Kernel { name: name.to_owned(), path: common.via.map(Into::into) }),
         }
     }
 
-    /// Which device it is, without opening it.
-    pub(crate) fn identity(&self) -> Result<Identity, CommandFailure> {
+    /// Which device it is, without opening it. A device process is connected to: it alone knows.
+    pub(crate) fn identity(&mut self) -> Result<Identity, CommandFailure> {
+        self.connect()?;
         match self {
             Self::Kernel { name, .. } => {
                 let device = check(name)?;
@@ -50,7 +61,17 @@ impl Target {
                     .ok_or_else(|| CommandFailure::blocked(format!("{name} is bound to no driver")))
             }
             Self::Sim(device) => Ok(device.identity().clone()),
+            Self::VfioUser(path) => Ok(connect(path)?.identity().clone()),
+            Self::Connected(device) => Ok(device.identity().clone()),
         }
+    }
+
+    /// Connects to a device process, once.
+    fn connect(&mut self) -> Result<(), CommandFailure> {
+        if let Self::VfioUser(path) = self {
+            *self = Self::Connected(connect(path)?);
+        }
+        Ok(())
     }
 
     /// Whether the kernel resets the device when its last holder closes it, as far as its name tells: it does a PCI
@@ -58,12 +79,14 @@ impl Target {
     pub(crate) fn resets_on_last_close(&self) -> bool {
         match self {
             Self::Kernel { name, .. } => name.parse::<PciAddress>().is_ok(),
-            Self::Sim(_) => false,
+            Self::Sim(_) | Self::VfioUser(_) | Self::Connected(_) => false,
         }
     }
 
-    /// What must match for state to load, without opening the device.
-    pub(crate) fn fingerprint(&self) -> Result<Fingerprint, CommandFailure> {
+    /// What must match for state to load, without opening the device. A device process is connected to: it alone
+    /// knows.
+    pub(crate) fn fingerprint(&mut self) -> Result<Fingerprint, CommandFailure> {
+        self.connect()?;
         match self {
             Self::Kernel { name, .. } => find(&SysRoots::default(), name)
                 .map(|device| facts::fingerprint(&device))
@@ -72,6 +95,8 @@ impl Target {
                 let handle = device.open().map_err(|error| CommandFailure::blocked(chain(&error)))?;
                 Ok(handle.fingerprint().clone())
             }
+            Self::VfioUser(path) => Ok(connect(path)?.fingerprint().clone()),
+            Self::Connected(device) => Ok(device.fingerprint().clone()),
         }
     }
 
@@ -89,6 +114,8 @@ impl Target {
                 let handle = device.open().map_err(|error| CommandFailure::blocked(chain(&error)))?;
                 (Box::new(handle), Some(device))
             }
+            Self::VfioUser(path) => (connect(&path)?, None),
+            Self::Connected(device) => (device, None),
         };
         let lane = DeviceLane::new(Driver::new(device), Arc::new(Threads::new()), DEFAULT_CALL_LIMIT)
             .map_err(|error| CommandFailure::failed(&error))?;
@@ -96,38 +123,14 @@ impl Target {
     }
 }
 
+fn connect(path: &Path) -> Result<Box<VfioUserDevice>, CommandFailure> {
+    let connected = VfioUserDevice::connect(path, ConnectOptions::default());
+    connected.map(Box::new).map_err(|error| CommandFailure::blocked(chain(&error)))
+}
+
 /// Everything that stands in the way, told at once.
 fn check(name: &str) -> Result<Discovered, CommandFailure> {
     let device = find(&SysRoots::default(), name).map_err(|error| CommandFailure::blocked(chain(&error)))?;
     let blockers: Vec<String> = device.blockers().iter().map(Blocker::to_string).collect();
     if blockers.is_empty() { Ok(device) } else { Err(CommandFailure::blocked(blockers.join("\n  "))) }
-}
-
-fn sim_config(settings: &str) -> Result<SimConfig, CommandFailure> {
-    let mut config = SimConfig::default();
-    for setting in settings.split(',').filter(|setting| !setting.is_empty()) {
-        let refuse = |why: &str| CommandFailure::blocked(format!("simulated device: {setting:?}: {why}"));
-        let (key, value) = setting.split_once('=').ok_or_else(|| refuse("give KEY=VALUE"))?;
-        match key {
-            "seed" => config.seed = value.parse().map_err(|_| refuse("give a whole number"))?,
-            "memory" => config.memory_bytes = size(value).ok_or_else(|| refuse(SIZE))?,
-            "dirty" => {
-                let dirty_bytes_per_second = size(value).ok_or_else(|| refuse(SIZE))?;
-                config.workload = Workload { dirty_bytes_per_second, ..config.workload };
-            }
-            "firmware" => value.clone_into(&mut config.firmware),
-            _ => return Err(refuse("there are seed, memory, dirty and firmware")),
-        }
-    }
-    Ok(config)
-}
-
-const SIZE: &str = "give bytes, or a number with the suffix KiB, MiB or GiB";
-
-fn size(text: &str) -> Option<u64> {
-    let (number, unit) = [("KiB", 10), ("MiB", 20), ("GiB", 30)]
-        .into_iter()
-        .find_map(|(suffix, shift)| Some((text.strip_suffix(suffix)?, 1_u64 << shift)))
-        .unwrap_or((text, 1));
-    number.parse::<u64>().ok()?.checked_mul(unit)
 }

@@ -47,7 +47,7 @@ struct Restored {
 }
 
 pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
-    let target = Target::parse(&arguments.device, &arguments.common)?;
+    let mut target = Target::parse(&arguments.device, &arguments.common)?;
     if arguments.leave_stopped && !arguments.hold && target.resets_on_last_close() {
         return Err(CommandFailure::blocked(
             "a PCI function is reset, and runs, when its last holder closes it: say --hold with --leave-stopped",
@@ -115,7 +115,7 @@ fn hold(device: &Identity) {
 }
 
 pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
-    let target = Target::parse(&arguments.device, &arguments.common)?;
+    let mut target = Target::parse(&arguments.device, &arguments.common)?;
     let mut file =
         StateFile::open(&arguments.file).map_err(|error| CommandFailure::blocked(chain(&error)))?;
     let differences = file.header().fingerprint.differences(&target.fingerprint()?);
