@@ -10,11 +10,14 @@
 //! 2. [`driver`]: the sole executor of the state machine's plans; what happens when a SET fails;
 //! 3. [`lane`]: the device's own thread, and what a call that never returns costs;
 //! 4. [`sim`], [`kernel`] and [`vfio_user`]: the backends.
+//! 4. [`sim`] and [`kernel`]: the backends;
+//! 5. [`conformance`]: the rules of the kernel's contract, tried out on any of them.
 //!
 //! Synchronous throughout: no async runtime, no network. The one module with `unsafe` is `kernel::sys`.
 
 pub mod capabilities;
 pub mod config_space;
+pub mod conformance;
 pub mod device;
 pub mod dma_log;
 pub mod driver;

@@ -16,7 +16,8 @@ pub(crate) const TESTS: &[Test] = &[
 
 const BINARY: &str = "/bin/vfio-device";
 
-fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+/// The binary's exit code, standard output and standard error.
+pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } =
         Command::new(BINARY).args(arguments).output().expect("vfio-device runs");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");

@@ -14,6 +14,7 @@
 //! | [`dma_log`] | the DMA log |
 //! | [`variant`] | what the kernel's mtty cannot show: other flags, reset on close, ENOMSG, dirty state, failing hops |
 //! | [`by_hand`] | the main job with the `vfio-device` binary, as a person does it |
+//! | [`conformance`] | the rules of the migration contract, on every backend the same |
 //! | [`kmsg`] | the kernel warned of nothing meanwhile |
 
 #![allow(
@@ -26,6 +27,7 @@
 
 mod blobs;
 mod by_hand;
+mod conformance;
 mod dma_log;
 mod facts;
 mod kmsg;
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         dma_log::TESTS,
         variant::TESTS,
         by_hand::TESTS,
+        conformance::TESTS,
         kmsg::TESTS,
     ];
     let (mut passed, mut failed) = (0_u32, 0_u32);

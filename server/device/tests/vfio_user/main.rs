@@ -14,6 +14,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking, its helpers included")]
 
+mod conformance;
 mod features;
 mod hostile;
 mod lifecycle;

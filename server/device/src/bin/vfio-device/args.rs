@@ -46,6 +46,12 @@ pub(crate) enum Command {
     Recover(One),
     /// Reset a device: its state is lost, and it runs
     Reset(One),
+    /// Try out the rules of the kernel's migration contract on a device, which loses its state
+    #[command(
+        after_help = "Exit codes: 0 the device conforms; 1 it differs in something that matters; 2 wrong usage; \
+                            3 cannot run as things are, nothing was touched."
+    )]
+    Conformance(Conformance),
 }
 
 #[derive(Debug, Args)]
@@ -97,6 +103,24 @@ pub(crate) struct Restore {
 pub(crate) struct One {
     /// PCI address or mdev UUID
     pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Conformance {
+    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]. Its state is destroyed
+    #[arg(long)]
+    pub(crate) device: String,
+    /// Load states into this device, of the same kind. Its state is destroyed, too
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) restore_onto: Option<String>,
+    /// Go on without being asked
+    #[arg(long)]
+    pub(crate) yes: bool,
+    /// Ask also for the way back from STOP_COPY to pre-copy, in which kernels before 7.2 without the fix loop for ever
+    #[arg(long)]
+    pub(crate) allow_restart: bool,
     #[command(flatten)]
     pub(crate) common: Common,
 }

@@ -36,6 +36,11 @@ pub(crate) struct CommandFailure {
 }
 
 impl CommandFailure {
+    /// It ended in this way, for this reason.
+    pub(crate) fn new(status: ExitStatus, reason: impl fmt::Display) -> Self {
+        Self { status, text: reason.to_string() }
+    }
+
     /// It cannot work; nothing was touched.
     pub(crate) fn blocked(reason: impl fmt::Display) -> Self {
         Self { status: ExitStatus::Blocked, text: reason.to_string() }

@@ -7,6 +7,7 @@
 //!   transfer.rs  save, restore: a state file at one end, a device at the other
 //!   mend.rs      recover, reset: a device that somebody left in the middle of something
 //!   output.rs    results, as tables or as JSON
+//!   conformance.rs  the suite of rules on a device, which loses its state
 //!   failure.rs   what went wrong -> the exit code and the words for it
 //! ```
 //! Results go to standard output, everything else to standard error. Exit codes are part of the interface; see
@@ -15,6 +16,7 @@
 #![allow(clippy::print_stderr, reason = "messages go to standard error; results go through output.rs")]
 
 mod args;
+mod conformance;
 mod failure;
 mod list;
 mod mend;
@@ -35,6 +37,7 @@ fn main() -> ExitCode {
         Command::List { output } => list::list(output),
         Command::Info { device, output } => list::info(&device, output),
         Command::Save(save) => transfer::save(&save),
+        Command::Conformance(conformance) => conformance::run(&conformance),
         Command::Restore(restore) => transfer::restore(&restore),
         Command::Recover(one) => mend::recover(&one),
         Command::Reset(one) => mend::reset(&one),

@@ -39,10 +39,9 @@ impl Target {
         if let Some(path) = name.strip_prefix("vfio-user:") {
             return Ok(Self::VfioUser(path.into()));
         }
-        match SimConfig::spec_in_name(name) {
-            Some(settings) => {
-                let config =
-                    SimConfig::from_spec(settings).map_err(|error| CommandFailure::blocked(chain(&error)))?;
+        match sim_config_of(name) {
+            Some(config) => {
+                let config = config?;
                 let clock: Arc<dyn Clock> = Arc::new(Threads::new());
                 let device = SimDevice::new(config, clock).map_err(CommandFailure::blocked)?;
                 Ok(Self::Sim(device))
@@ -121,6 +120,12 @@ impl Target {
             .map_err(|error| CommandFailure::failed(&error))?;
         Ok(Opened { lane, sim })
     }
+}
+
+/// The configuration of a simulated device, where the name is one's.
+pub(crate) fn sim_config_of(name: &str) -> Option<Result<SimConfig, CommandFailure>> {
+    let settings = SimConfig::spec_in_name(name)?;
+    Some(SimConfig::from_spec(settings).map_err(|error| CommandFailure::blocked(chain(&error))))
 }
 
 fn connect(path: &Path) -> Result<Box<VfioUserDevice>, CommandFailure> {
