@@ -19,6 +19,9 @@
 //!   the device is out of service.
 //! - Only a call that is itself over its limit condemns a device, never a queue of calls before it.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
