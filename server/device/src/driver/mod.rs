@@ -42,6 +42,7 @@ pub use save::{Quiesced, SaveMode, SaveRead, SaveSession, Stopped};
 pub use unwind::Peers;
 
 use unwind::{Back, Engagement, Stake};
+use walk::unless_running;
 
 use crate::{
     Call, DataSize, DeviceCapabilities, DeviceError, DirtyBitmap, DirtyReport, Fingerprint, Identity,
@@ -128,15 +129,7 @@ impl Driver {
         self.steps.clear();
         let first = match self.read_back() {
             Ok(State::Running) => return Ok(Outcome::Preserved),
-            Ok(
-                found @ (State::Error
-                | State::Stop
-                | State::StopCopy
-                | State::Resuming
-                | State::RunningP2p
-                | State::PreCopy
-                | State::PreCopyP2p),
-            ) => DeviceError::LeftOver { found },
+            Ok(found) => DeviceError::LeftOver { found },
             Err(error) => error,
         };
         let recovered = self.unwind(role.into(), Back::ToRunning, first);
@@ -160,19 +153,10 @@ impl Driver {
 
     /// Ends a quarantine because somebody decided that the device is sound. Its state must read RUNNING.
     pub fn reinstate(&mut self) -> Result<(), DeviceError> {
-        match self.device.state()? {
-            State::Running => {
-                self.standing = Standing::InService;
-                Ok(())
-            }
-            found @ (State::Error
-            | State::Stop
-            | State::StopCopy
-            | State::Resuming
-            | State::RunningP2p
-            | State::PreCopy
-            | State::PreCopyP2p) => Err(DeviceError::Elsewhere { asked: State::Running, found }),
-        }
+        unless_running(self.device.state()?)
+            .map_err(|found| DeviceError::Elsewhere { asked: State::Running, found })?;
+        self.standing = Standing::InService;
+        Ok(())
     }
 
     /// Takes the device out of service because somebody decided to, and gives up its session without a call.

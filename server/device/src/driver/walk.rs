@@ -19,16 +19,7 @@ impl Driver {
     /// somebody or is left over from somebody. Nothing is changed.
     pub fn check_ready(&mut self) -> Result<(), DeviceError> {
         self.check_free(Call::GetState)?;
-        match self.device.state()? {
-            State::Running => Ok(()),
-            found @ (State::Error
-            | State::Stop
-            | State::StopCopy
-            | State::Resuming
-            | State::RunningP2p
-            | State::PreCopy
-            | State::PreCopyP2p) => Err(DeviceError::LeftOver { found }),
-        }
+        unless_running(self.device.state()?).map_err(|found| DeviceError::LeftOver { found })
     }
 
     /// Starts an operation, with a fresh trajectory, where [`check_ready`](Self::check_ready) allows it.
@@ -36,19 +27,10 @@ impl Driver {
         self.check_free(call).map_err(|first| self.refuse(first))?;
         self.steps.clear();
         self.cut_short = None;
-        match self.read_back() {
-            Ok(State::Running) => {}
-            Ok(
-                found @ (State::Error
-                | State::Stop
-                | State::StopCopy
-                | State::Resuming
-                | State::RunningP2p
-                | State::PreCopy
-                | State::PreCopyP2p),
-            ) => return Err(self.refuse(DeviceError::LeftOver { found })),
-            Err(error) => return Err(self.refuse(error)),
-        }
+        let running = self
+            .read_back()
+            .and_then(|found| unless_running(found).map_err(|found| DeviceError::LeftOver { found }));
+        running.map_err(|first| self.refuse(first))?;
         let session = SessionId::next();
         self.engaged = Some(Engagement { session, stake, peers });
         Ok(session)
@@ -157,16 +139,7 @@ impl Driver {
         self.steps.push(Step::Reset(Answer::of(&reset)));
         let found = self.read_back();
         reset?;
-        match found? {
-            State::Running => Ok(()),
-            found @ (State::Error
-            | State::Stop
-            | State::StopCopy
-            | State::Resuming
-            | State::RunningP2p
-            | State::PreCopy
-            | State::PreCopyP2p) => Err(DeviceError::Elsewhere { asked: State::Running, found }),
-        }
+        unless_running(found?).map_err(|found| DeviceError::Elsewhere { asked: State::Running, found })
     }
 
     /// The state that the last read-back found, where it found one.
@@ -176,4 +149,9 @@ impl Driver {
             Step::Set(..) | Step::Reset(_) => None,
         })?
     }
+}
+
+/// The state, as an error, where it is any other than RUNNING.
+pub(super) fn unless_running(found: State) -> Result<(), State> {
+    if found == State::Running { Ok(()) } else { Err(found) }
 }
