@@ -106,3 +106,44 @@ pub trait ConfigSpace: std::fmt::Debug {
     /// Disarms all interrupts of a kind. Disarming what is not armed is no error.
     fn disarm(&mut self, kind: InterruptKind) -> Result<(), DeviceError>;
 }
+
+/// Signals an eventfd of somebody else's without waiting for them.
+///
+/// A counter that is full is signalled already, and a write to it would block until its owner reads, which an owner who
+/// means ill never does; the kernel's own signalling saturates in the same way. Its owner can still fill it between the
+/// look and the write, in which case they hold up the one device that they have attached to.
+pub(crate) fn signal(eventfd: BorrowedFd<'_>) -> std::io::Result<()> {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut writable = [PollFd::from_borrowed_fd(eventfd, PollFlags::OUT)];
+    if poll(&mut writable, Some(&Timespec::default()))? > 0 && writable[0].revents().contains(PollFlags::OUT)
+    {
+        rustix::io::write(eventfd, &1_u64.to_ne_bytes())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn count(fd: BorrowedFd<'_>) -> u64 {
+        let mut count = [0; 8];
+        rustix::io::read(fd, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    }
+
+    #[test]
+    fn a_full_eventfd_is_not_waited_for() {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        signal(fd.as_fd()).unwrap();
+        assert_eq!(count(fd.as_fd()), 1);
+        let full = u64::MAX - 1;
+        rustix::io::write(&fd, &full.to_ne_bytes()).unwrap();
+        signal(fd.as_fd()).unwrap();
+        assert_eq!(count(fd.as_fd()), full);
+    }
+}

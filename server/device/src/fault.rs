@@ -6,6 +6,7 @@
 //! from its list.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -46,14 +47,14 @@ pub enum Fault {
         /// What it answers.
         errno: i32,
     },
-    /// The read that would pass this offset of a save stream fails. EINTR is not the end of a session, all else is.
+    /// The read at this offset of a save stream fails. EINTR is not the end of a session, all else is.
     Read {
         /// Bytes that are read before.
         after_bytes: u64,
         /// What the read answers.
         errno: i32,
     },
-    /// The read that would pass this offset of a save stream, and some more after it, answer ENOMSG.
+    /// The read at this offset of a save stream, and some more after it, answer ENOMSG.
     NothingNow {
         /// Bytes that are read before.
         after_bytes: u64,
@@ -65,7 +66,7 @@ pub enum Fault {
         /// At least 1.
         max_bytes: usize,
     },
-    /// The write that would pass this offset of a restore stream fails. The device takes none of its bytes.
+    /// The write at this offset of a restore stream fails. The device takes none of its bytes.
     Write {
         /// Bytes that are written before.
         after_bytes: u64,
@@ -111,7 +112,7 @@ impl Fault {
                 let (target, landing) = (state(below(8)), state(below(8)));
                 let after_bytes = below(stream_bytes);
                 let max_bytes = usize::try_from(1 + below(5000)).unwrap_or(1);
-                match below(12) {
+                match below(14) {
                     0..=2 => Self::Set { target, landing, errno },
                     3 => Self::Lie { target, landing },
                     4 => Self::Get { errno },
@@ -121,10 +122,49 @@ impl Fault {
                     8 => Self::ShortReads { max_bytes },
                     9 => Self::Write { after_bytes, errno: if below(2) == 0 { libc::EINTR } else { errno } },
                     10 => Self::ShortWrites { max_bytes },
-                    _ => Self::SuddenError { after_bytes },
+                    11 => Self::SuddenError { after_bytes },
+                    12 => Self::Reinit { initial_bytes: after_bytes },
+                    _ => Self::Slow { call: Call::SetState(target), takes: Duration::from_secs(below(240)) },
                 }
             })
             .collect()
+    }
+}
+
+impl Fault {
+    /// Where in a save stream it strikes, if that is where it does.
+    fn read_offset(&self) -> Option<u64> {
+        match self {
+            Self::Read { after_bytes, .. }
+            | Self::NothingNow { after_bytes, .. }
+            | Self::SuddenError { after_bytes } => Some(*after_bytes),
+            Self::Set { .. }
+            | Self::Lie { .. }
+            | Self::Get { .. }
+            | Self::Reset { .. }
+            | Self::ShortReads { .. }
+            | Self::Write { .. }
+            | Self::ShortWrites { .. }
+            | Self::Reinit { .. }
+            | Self::Slow { .. } => None,
+        }
+    }
+
+    /// Where in a restore stream it strikes, if that is where it does.
+    fn write_offset(&self) -> Option<u64> {
+        match self {
+            Self::Write { after_bytes, .. } | Self::SuddenError { after_bytes } => Some(*after_bytes),
+            Self::Set { .. }
+            | Self::Lie { .. }
+            | Self::Get { .. }
+            | Self::Reset { .. }
+            | Self::Read { .. }
+            | Self::NothingNow { .. }
+            | Self::ShortReads { .. }
+            | Self::ShortWrites { .. }
+            | Self::Reinit { .. }
+            | Self::Slow { .. } => None,
+        }
     }
 }
 
@@ -145,13 +185,23 @@ struct Shared {
     max_write_bytes: usize,
     /// Reads that still answer ENOMSG.
     nothing_now: u32,
+    struck: Arc<AtomicU64>,
 }
 
 impl Shared {
     /// Takes the first fault that `strikes`.
     fn take(&mut self, strikes: impl Fn(&Fault) -> bool) -> Option<Fault> {
         let index = self.faults.iter().position(strikes)?;
+        self.struck.fetch_add(1, Ordering::Relaxed);
         self.faults.remove(index)
+    }
+
+    /// How many bytes a stream that has carried `carried` may carry in one call, at most `length`: up to the next
+    /// fault that `counts`, so that it strikes where it says.
+    fn room(&self, carried: u64, length: usize, counts: impl Fn(&Fault) -> Option<u64>) -> usize {
+        let next = self.faults.iter().filter_map(counts).filter(|after| *after > carried).min();
+        let room = next.map_or(usize::MAX, |after| usize::try_from(after - carried).unwrap_or(usize::MAX));
+        length.min(room)
     }
 
     /// How long `wanted` takes before it begins.
@@ -172,10 +222,10 @@ impl Shared {
         }
     }
 
-    /// Whether a stream that will have carried `end` bytes drops the device into ERROR first.
-    fn falls(&mut self, end: u64) -> bool {
+    /// Whether a stream that has carried `carried` bytes drops the device into ERROR.
+    fn falls(&mut self, carried: u64) -> bool {
         let falls = self
-            .take(|fault| matches!(fault, Fault::SuddenError { after_bytes } if *after_bytes < end))
+            .take(|fault| matches!(fault, Fault::SuddenError { after_bytes } if *after_bytes <= carried))
             .is_some();
         self.in_error |= falls;
         falls
@@ -191,8 +241,14 @@ impl FaultyDevice {
             max_read_bytes: usize::MAX,
             max_write_bytes: usize::MAX,
             nothing_now: 0,
+            struck: Arc::default(),
         };
         Self { inner, shared: Arc::new(Mutex::new(shared)), time }
+    }
+
+    /// How many faults have struck so far; goes on counting after the device was handed over.
+    pub fn struck(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.shared().struck)
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -324,21 +380,21 @@ impl SaveStream for FaultySave {
         {
             shared.max_read_bytes = max_bytes.max(1);
         }
-        let length = buffer.len().min(shared.max_read_bytes);
-        let end = self.read_bytes.saturating_add(length as u64);
-        if shared.falls(end) || shared.in_error {
+        let carried = self.read_bytes;
+        if shared.falls(carried) || shared.in_error {
             return Err(DeviceError::errno(Call::Read, libc::EIO));
         }
         if let Some(Fault::Read { errno, .. }) =
-            shared.take(|fault| matches!(fault, Fault::Read { after_bytes, .. } if *after_bytes < end))
+            shared.take(|fault| matches!(fault, Fault::Read { after_bytes, .. } if *after_bytes <= carried))
         {
             return Err(DeviceError::errno(Call::Read, errno));
         }
-        if let Some(Fault::NothingNow { times, .. }) =
-            shared.take(|fault| matches!(fault, Fault::NothingNow { after_bytes, .. } if *after_bytes < end))
+        if let Some(Fault::NothingNow { times, .. }) = shared
+            .take(|fault| matches!(fault, Fault::NothingNow { after_bytes, .. } if *after_bytes <= carried))
         {
             shared.nothing_now = times;
         }
+        let length = shared.room(carried, buffer.len().min(shared.max_read_bytes), Fault::read_offset);
         if shared.nothing_now > 0 {
             shared.nothing_now -= 1;
             return Ok(Read::NothingNow);
@@ -380,16 +436,16 @@ impl RestoreStream for FaultyRestore {
         {
             shared.max_write_bytes = max_bytes.max(1);
         }
-        let length = bytes.len().min(shared.max_write_bytes);
-        let end = self.written_bytes.saturating_add(length as u64);
-        if shared.falls(end) || shared.in_error {
+        let carried = self.written_bytes;
+        if shared.falls(carried) || shared.in_error {
             return Err(DeviceError::errno(Call::Write, libc::EIO));
         }
         if let Some(Fault::Write { errno, .. }) =
-            shared.take(|fault| matches!(fault, Fault::Write { after_bytes, .. } if *after_bytes < end))
+            shared.take(|fault| matches!(fault, Fault::Write { after_bytes, .. } if *after_bytes <= carried))
         {
             return Err(DeviceError::errno(Call::Write, errno));
         }
+        let length = shared.room(carried, bytes.len().min(shared.max_write_bytes), Fault::write_offset);
         drop(shared);
         let taken = self.inner.write(&bytes[..length])?;
         self.written_bytes = self.written_bytes.saturating_add(taken as u64);

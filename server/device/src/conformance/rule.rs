@@ -129,9 +129,14 @@ pub(super) enum Instead {
     Stuck(String),
 }
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "what is not the end of the device is an answer of it")]
 impl From<DeviceError> for Instead {
     fn from(error: DeviceError) -> Self {
-        Self::Differs(chain(&error))
+        match error {
+            // No rule is about a device that is gone.
+            DeviceError::Disconnected { .. } | DeviceError::Hung(_) => Self::Stuck(chain(&error)),
+            _ => Self::Differs(chain(&error)),
+        }
     }
 }
 

@@ -29,6 +29,8 @@ mod restore;
 mod save;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod trajectories;
 mod unwind;
 mod walk;
 

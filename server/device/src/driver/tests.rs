@@ -22,13 +22,13 @@ use crate::{
 
 const EIO: i32 = libc::EIO;
 
-fn slot(migration: Capabilities) -> (SimDevice, Arc<VirtualTime>) {
+pub(super) fn slot(migration: Capabilities) -> (SimDevice, Arc<VirtualTime>) {
     let time = Arc::new(VirtualTime::default());
     let config = SimConfig { memory_bytes: 100_000, migration, ..SimConfig::default() };
     (SimDevice::new(config, Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap(), time)
 }
 
-fn driver(slot: &SimDevice, time: &Arc<VirtualTime>, faults: &[Fault]) -> Driver {
+pub(super) fn driver(slot: &SimDevice, time: &Arc<VirtualTime>, faults: &[Fault]) -> Driver {
     Driver::new(Box::new(FaultyDevice::new(Box::new(slot.open().unwrap()), faults, Arc::clone(time))))
 }
 
@@ -37,7 +37,7 @@ fn pool() -> ChunkPool {
 }
 
 /// A whole save of one device. `pre_copy` where the device has it; the barrier where it has P2P.
-fn save(driver: &mut Driver, mode: SaveMode) -> Result<Vec<u8>, Failure> {
+pub(super) fn save(driver: &mut Driver, mode: SaveMode) -> Result<Vec<u8>, Failure> {
     let p2p = driver.capabilities().migration.p2p;
     let mut state = Vec::new();
     let pool = pool();
@@ -86,7 +86,7 @@ fn seal_of(state: &[u8]) -> Seal {
 }
 
 /// A whole restore of one device, with the barrier where it has P2P.
-fn restore(driver: &mut Driver, state: &[u8]) -> Result<(), Failure> {
+pub(super) fn restore(driver: &mut Driver, state: &[u8]) -> Result<(), Failure> {
     let mut session = driver.begin_restore()?;
     let mut verifier = Verifier::new();
     for part in state.chunks(30_000) {
@@ -128,7 +128,7 @@ fn landings(capabilities: Capabilities, from: State, to: State) -> Vec<State> {
     landings
 }
 
-fn tell(report: &mut String, title: &str, failure: &Failure) {
+pub(super) fn tell(report: &mut String, title: &str, failure: &Failure) {
     let steps: Vec<String> = failure.steps.iter().map(ToString::to_string).collect();
     writeln!(
         report,

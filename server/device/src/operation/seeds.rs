@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::io::Write as _;
+use std::sync::atomic::Ordering;
 
 use vfio_checkpoint_fsm::{Capabilities, Outcome, SaveRequest, State};
 
@@ -15,7 +16,8 @@ use crate::fault::Fault;
 use crate::sim::SimConfig;
 use crate::{Executor, Inline};
 
-const MEMORY_BYTES: u64 = 40_000;
+/// Several chunks, so that faults strike in the middle of a stream.
+const MEMORY_BYTES: u64 = 200_000;
 const RUNS: u64 = 1_000;
 
 /// A set of one to three devices with the same random capabilities, and up to three faults in each.
@@ -52,7 +54,7 @@ fn outcome(error: &OperationError) -> Outcome {
 }
 
 /// A save with faults in the source. Says how it ended.
-fn save_run(seed: u64) -> String {
+fn save_run(seed: u64) -> (String, u64) {
     let (configs, faults) = scenario(seed);
     let source = node(&configs, &faults);
     let before = source.digests();
@@ -63,7 +65,8 @@ fn save_run(seed: u64) -> String {
 
     assert_eq!(source.digests(), before, "a source never loses its state to its own save");
     assert!(source.slots.iter().all(|slot| slot.resets() == 0), "a source is never reset by itself");
-    match saved {
+    let struck = struck(&source);
+    let end = match saved {
         Ok(_) => {
             assert!(source.slots.iter().all(|slot| slot.state() == State::Running));
             let target = Node::new(&configs, &[]);
@@ -78,11 +81,12 @@ fn save_run(seed: u64) -> String {
             }
             format!("not saved, {}", outcome(&error))
         }
-    }
+    };
+    (end, struck)
 }
 
 /// A restore with faults in the destination. Says how it ended.
-fn restore_run(seed: u64) -> String {
+fn restore_run(seed: u64) -> (String, u64) {
     let (configs, faults) = scenario(seed);
     let source = Node::new(&configs, &[]);
     let mut memory = Memory::new(configs.len());
@@ -93,7 +97,7 @@ fn restore_run(seed: u64) -> String {
         configs.iter().map(|config| SimConfig { seed: config.seed + 100, ..config.clone() }).collect();
     let target = node(&blank, &faults);
     let before = target.digests();
-    match restore(&target.lanes, &mut memory) {
+    let end = match restore(&target.lanes, &mut memory) {
         Ok(_) => {
             assert_eq!(target.digests(), wanted, "success means the state, on every device");
             assert!(target.slots.iter().all(|slot| slot.state() == State::Running && slot.resets() == 0));
@@ -110,7 +114,12 @@ fn restore_run(seed: u64) -> String {
             assert!(resets == 0 || outcome(&error) == Outcome::StateLost, "a reset is a loss: {error}");
             format!("not restored, {}", outcome(&error))
         }
-    }
+    };
+    (end, struck(&target))
+}
+
+fn struck(node: &Node) -> u64 {
+    node.struck.iter().map(|struck| struck.load(Ordering::Relaxed)).sum()
 }
 
 #[test]
@@ -121,15 +130,16 @@ fn whatever_goes_wrong_the_invariants_hold() {
         None => (0, number("SEEDS").unwrap_or(RUNS)),
     };
     let mut ends: BTreeMap<String, u64> = BTreeMap::new();
-    let mut faults = 0;
+    let (mut drawn, mut struck) = (0, 0);
     for seed in first..first + runs {
         println!("SEED={seed}: {:?}", scenario(seed).1);
         let run = [save_run(seed), restore_run(seed)];
         if seed % 64 == 0 {
             assert_eq!([save_run(seed), restore_run(seed)], run, "the same seed gives the same run");
         }
-        faults += 2 * scenario(seed).1.iter().map(Vec::len).sum::<usize>();
-        for end in run {
+        drawn += 2 * scenario(seed).1.iter().map(Vec::len).sum::<usize>();
+        for (end, strikes) in run {
+            struck += strikes;
             *ends.entry(end).or_default() += 1;
         }
     }
@@ -137,7 +147,7 @@ fn whatever_goes_wrong_the_invariants_hold() {
     // Past the test harness, which keeps what a passing test prints to itself.
     let _ = writeln!(
         std::io::stdout(),
-        "figures: faults: {faults} drawn from {runs} seeds over {} operations: {}",
+        "figures: faults: {drawn} drawn and {struck} struck, from {runs} seeds over {} operations: {}",
         2 * runs,
         ends.join("; ")
     );

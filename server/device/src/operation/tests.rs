@@ -1,6 +1,7 @@
 //! Sets of simulated devices through whole operations, with faults in one of them.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +25,8 @@ pub(super) const RESUME: SaveRequest =
 pub(super) struct Node {
     pub(super) slots: Vec<SimDevice>,
     pub(super) lanes: Vec<DeviceLane>,
+    /// Faults that struck, a count a device.
+    pub(super) struck: Vec<Arc<AtomicU64>>,
     /// Duplicates that somebody else holds.
     others: Vec<SimHandle>,
 }
@@ -39,17 +42,19 @@ impl Node {
             .collect();
         let handles: Vec<SimHandle> = slots.iter().map(|slot| slot.open().unwrap()).collect();
         let others = handles.iter().map(SimHandle::duplicate).collect();
+        let mut struck = Vec::new();
         let lanes = handles
             .into_iter()
             .enumerate()
             .map(|(index, handle)| {
                 let faults = faults.get(index).copied().unwrap_or_default();
                 let device = FaultyDevice::new(Box::new(handle), faults, Arc::clone(&time));
+                struck.push(device.struck());
                 let driver = Driver::new(Box::new(device));
                 DeviceLane::new(driver, Arc::clone(&executor), DEFAULT_CALL_LIMIT).unwrap()
             })
             .collect();
-        Self { slots, lanes, others }
+        Self { slots, lanes, struck, others }
     }
 
     pub(super) fn digests(&self) -> Vec<[u8; 32]> {

@@ -10,7 +10,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use super::SimPci;
 use crate::{ConfigCapture, InterruptKind, PciCommand, Rearm};
@@ -74,7 +74,7 @@ impl Pci {
         let eventfds = self.armed.as_ref().map_or(&[][..], |(_, eventfds)| eventfds);
         match usize::try_from(vector).ok().and_then(|vector| eventfds.get(vector)) {
             Some(eventfd) => {
-                rustix::io::write(eventfd, &1u64.to_ne_bytes())?;
+                crate::config_space::signal(eventfd.as_fd())?;
                 Ok(true)
             }
             None => Ok(false),

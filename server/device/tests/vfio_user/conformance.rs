@@ -28,7 +28,7 @@ fn a_device_in_another_process_conforms() {
         let options = Options { allow_restart: true, ..Options::default() };
         let report = conformance::run(subject, &options, &executor, &mut |_| ()).unwrap();
         let differences: Vec<_> = report.differences().collect();
-        assert!(differences.is_empty(), "{device}: {differences:#?}");
+        assert!(differences.is_empty() && report.conforms(), "{device}: {differences:#?}");
         for finding in &report.findings {
             match finding.verdict {
                 Verdict::Holds { .. } => held += 1,

@@ -49,7 +49,7 @@ pub(crate) enum Command {
     /// Try out the rules of the kernel's migration contract on a device, which loses its state
     #[command(
         after_help = "Exit codes: 0 the device conforms; 1 it differs in something that matters; 2 wrong usage; \
-                            3 cannot run as things are, nothing was touched."
+                            3 no rule was run; 4 the run ended early, the device needs a look."
     )]
     Conformance(Conformance),
 }
@@ -109,7 +109,7 @@ pub(crate) struct One {
 
 #[derive(Debug, Args)]
 pub(crate) struct Conformance {
-    /// PCI address, mdev UUID, or sim[:KEY=VALUE,…]. Its state is destroyed
+    /// PCI address, mdev UUID, vfio-user:PATH, or sim[:KEY=VALUE,…]. Its state is destroyed
     #[arg(long)]
     pub(crate) device: String,
     /// Load states into this device, of the same kind. Its state is destroyed, too

@@ -25,8 +25,15 @@ pub(crate) fn run(arguments: &Conformance) -> Result<(), CommandFailure> {
     }
     // A simulated device ends with this process; there is nothing to lose.
     real.retain(|name| sim_config_of(name).is_none());
-    if !real.is_empty() && !arguments.yes {
-        consent(&real)?;
+    if !real.is_empty() {
+        eprintln!(
+            "This destroys the state of {}: the device is reset, closed, opened and loaded with damaged states some \
+             hundred times. Whatever uses it, or counts on what it holds or was left with, is lost.",
+            real.join(" and of ")
+        );
+        if !arguments.yes {
+            consent()?;
+        }
     }
     let options = Options {
         allow_restart: arguments.allow_restart,
@@ -43,6 +50,10 @@ pub(crate) fn run(arguments: &Conformance) -> Result<(), CommandFailure> {
     }
     if report.conforms() {
         return Ok(());
+    }
+    if let Some(stopped) = &report.stopped {
+        let text = format!("{}: the run ended early: {}", report.device, stopped.reason);
+        return Err(CommandFailure::new(ExitStatus::StateLost, text));
     }
     Err(CommandFailure::new(ExitStatus::Failed, format!("{} does not conform", report.device)))
 }
@@ -67,13 +78,8 @@ fn subject(name: &str, arguments: &Conformance, executor: &Arc<Threads>) -> Resu
         .map_err(|error| CommandFailure::blocked(chain(&error)))
 }
 
-/// Says what is about to be destroyed, and asks whoever sits there.
-fn consent(devices: &[&str]) -> Result<(), CommandFailure> {
-    eprintln!(
-        "This destroys the state of {}: the device is reset, closed, opened and loaded with damaged states some hundred \
-         times. Whatever uses it, or counts on what it holds, is lost.",
-        devices.join(" and of ")
-    );
+/// Asks whoever sits there.
+fn consent() -> Result<(), CommandFailure> {
     if !io::stdin().is_terminal() {
         return Err(CommandFailure::blocked("nothing was touched: say --yes to go on without being asked"));
     }

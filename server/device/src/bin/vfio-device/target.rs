@@ -73,12 +73,13 @@ impl Target {
         Ok(())
     }
 
-    /// Whether the kernel resets the device when its last holder closes it, as far as its name tells: it does a PCI
-    /// function.
+    /// Whether the device is likely reset when its last holder closes it, as far as its name tells: a PCI function is.
     pub(crate) fn resets_on_last_close(&self) -> bool {
         match self {
             Self::Kernel { name, .. } => name.parse::<PciAddress>().is_ok(),
-            Self::Sim(_) | Self::VfioUser(_) | Self::Connected(_) => false,
+            Self::Sim(_) => false,
+            // Most device processes do, and none says whether it does.
+            Self::VfioUser(_) | Self::Connected(_) => true,
         }
     }
 

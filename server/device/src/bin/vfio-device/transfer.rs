@@ -50,7 +50,8 @@ pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
     let mut target = Target::parse(&arguments.device, &arguments.common)?;
     if arguments.leave_stopped && !arguments.hold && target.resets_on_last_close() {
         return Err(CommandFailure::blocked(
-            "a PCI function is reset, and runs, when its last holder closes it: say --hold with --leave-stopped",
+            "a PCI function, and most device processes, are reset and run when their last holder closes them: say --hold \
+             with --leave-stopped",
         ));
     }
     // Before the device is opened, which resets it: whatever is wrong with the file must cost nothing.

@@ -173,7 +173,8 @@ impl Interrupts {
         for (index, vector) in self.vectors.iter().skip(start).take(count).enumerate() {
             let wanted = bools.is_none_or(|bools| bools.get(index) == Some(&1));
             if let (true, Some(eventfd)) = (wanted, vector) {
-                rustix::io::write(eventfd, &1_u64.to_ne_bytes())?;
+                let signalled = crate::config_space::signal(eventfd.as_fd());
+                signalled.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
             }
         }
         Ok(())
