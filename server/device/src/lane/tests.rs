@@ -86,7 +86,8 @@ impl MigrationDevice for Stuck {
     }
 }
 
-/// Work that waits behind other work is not late, and work that dies is told apart from work that hangs.
+/// Each piece of work is measured on its own, whatever came before it, and work that dies is told apart from work that
+/// hangs.
 #[test]
 fn only_a_call_that_is_itself_late_condemns_a_device() {
     let executor = Inline::new(1);

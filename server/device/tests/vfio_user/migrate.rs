@@ -271,9 +271,10 @@ fn the_command_line_reaches_device_processes() {
     };
     assert!(state(&one) == state(&other), "the state that arrived is the state that left");
 
-    let nobody = vfio_device(&["save", "vfio-user:/nobody/listens", "/tmp/never"]);
+    let never = one.with_file_name("never");
+    let nobody = vfio_device(&["save", "vfio-user:/nobody/listens", never.to_str().unwrap()]);
     assert_eq!(nobody.status.code(), Some(3));
-    assert!(!fs::exists("/tmp/never").unwrap());
+    assert!(!fs::exists(&never).unwrap());
     let unfit = Process::start(&["--device", "sim:pci=no"]);
     let unfit = format!("vfio-user:{}", unfit.path.display());
     let refused = vfio_device(&["restore", &unfit, one.to_str().unwrap()]);

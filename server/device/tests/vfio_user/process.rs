@@ -77,9 +77,11 @@ fn it_takes_over_a_stale_socket_and_nothing_else() {
 fn what_cannot_be_served_is_refused_before_there_is_a_socket() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("device.sock");
-    for (device, reason) in
-        [("sim:colour=red", "there are seed"), ("sim:memory=0", "memory_bytes"), ("0000:ff:1f.7", "")]
-    {
+    for (device, reason) in [
+        ("sim:colour=red", "there are seed"),
+        ("sim:memory=0", "memory_bytes"),
+        ("0000:ff:1f.7", "no pci device"),
+    ] {
         let (code, said) = refused(&path, &["--device", device]);
         assert_eq!(code, Some(3), "{device}: {said}");
         assert!(said.contains(reason), "{device}: {said}");
