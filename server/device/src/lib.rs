@@ -10,7 +10,6 @@
 //! 2. [`driver`]: the sole executor of the state machine's plans; what happens when a SET fails;
 //! 3. [`lane`]: the device's own thread, and what a call that never returns costs;
 //! 4. [`sim`], [`kernel`] and [`vfio_user`]: the backends.
-//! 4. [`sim`] and [`kernel`]: the backends;
 //! 5. [`conformance`]: the rules of the kernel's contract, tried out on any of them.
 //!
 //! Synchronous throughout: no async runtime, no network. The one module with `unsafe` is `kernel::sys`.
@@ -30,7 +29,6 @@ pub mod kernel;
 pub mod lane;
 pub mod operation;
 pub mod pool;
-pub mod seal;
 pub mod sim;
 pub mod state_file;
 pub mod vfio_user;
@@ -45,4 +43,4 @@ pub use executor::{Clock, Executor, Inline, Lane, Threads};
 pub use identity::{Backend, Difference, Fingerprint, Identity};
 pub use lane::DeviceLane;
 pub use pool::ChunkPool;
-pub use seal::{Seal, VerifiedChunk, VerifiedSeal, Verifier};
+pub use vfio_checkpoint_seal::{self as seal, Seal, VerifiedChunk, VerifiedSeal, Verifier};

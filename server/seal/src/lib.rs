@@ -100,7 +100,7 @@ struct StreamId(u64);
 /// Hashes state on its way into a device and hands out the proofs that the restore path asks for.
 ///
 /// It may run on another thread than the device: a [`VerifiedChunk`] knows its place, so a
-/// [`RestoreSession`](crate::driver::RestoreSession) takes each chunk once and in order.
+/// restore session takes each chunk once and in order.
 #[derive(Debug)]
 pub struct Verifier {
     stream: StreamId,
@@ -164,14 +164,14 @@ impl VerifiedChunk {
 
     /// Whether this is the chunk that belongs at `offset` of the stream that `first` came from, or of any stream
     /// where `first` is not set yet.
-    pub(crate) fn belongs_at(&self, offset: u64, stream: &mut Option<StreamMark>) -> bool {
+    pub fn belongs_at(&self, offset: u64, stream: &mut Option<StreamMark>) -> bool {
         self.offset == offset && stream.get_or_insert(StreamMark(self.stream)).0 == self.stream
     }
 }
 
 /// The stream that a session has taken its first chunk from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct StreamMark(StreamId);
+pub struct StreamMark(StreamId);
 
 /// Proof that a whole stream is what its seal says. Made by [`Verifier::finish`] and nothing else.
 #[derive(Debug, PartialEq, Eq)]
@@ -187,7 +187,7 @@ impl VerifiedSeal {
     }
 
     /// Whether this seals the stream that a session took `written` bytes from.
-    pub(crate) fn covers(&self, written: u64, stream: Option<StreamMark>) -> bool {
+    pub fn covers(&self, written: u64, stream: Option<StreamMark>) -> bool {
         self.seal.bytes == written && stream.is_none_or(|mark| mark.0 == self.stream)
     }
 }

@@ -1,0 +1,1 @@
+//! The contract of vfio-checkpoint.
