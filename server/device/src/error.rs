@@ -260,14 +260,39 @@ impl DeviceError {
     }
 }
 
-/// An error and all of its causes in one line, for people: `what: why: why`.
+/// An error and all of its causes in one line, for people: `what: why: why`. A cause that is told already is not told
+/// twice: many errors have theirs in their own text.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
+        let text = error.to_string();
+        if !line.contains(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
         cause = error.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Layer {
+        text: &'static str,
+        #[source]
+        below: Option<Box<Layer>>,
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let disk = Layer { text: "no space left", below: None };
+        let quoting = Layer { text: "cannot write: no space left", below: Some(Box::new(disk)) };
+        let top = Layer { text: "the save failed", below: Some(Box::new(quoting)) };
+        assert_eq!(chain(&top), "the save failed: cannot write: no space left");
+    }
 }

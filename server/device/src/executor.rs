@@ -8,6 +8,9 @@
 //! anything else, and time is the machine's. Under test ([`Inline`]) a job runs where it is submitted, a pause
 //! moves a virtual clock, and randomness comes from a seed: the same seed gives the same run.
 //!
+//! Who waits does so in one of two ways: a lane [pauses](Executor::pause), a future [sleeps](Executor::sleep). A sleep
+//! needs no async runtime; any runtime may poll it.
+//!
 //! # Failure paths
 //! A lane's thread may be inside a kernel call that never returns; nothing can end it. Whoever waits for a job
 //! bounds the wait and takes the device out of service ([`DeviceLane`](crate::DeviceLane)); the thread, and the fds
@@ -20,6 +23,8 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use futures_util::future::BoxFuture;
 
 /// A source of monotonic time, as the time since some fixed moment.
 pub trait Clock: fmt::Debug + Send + Sync {
@@ -37,6 +42,9 @@ pub trait Executor: Clock {
 
     /// Waits. Called from lanes and from synchronous callers only, never from an async task.
     fn pause(&self, duration: Duration);
+
+    /// Waits without holding up the thread. Counts from the first poll.
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()>;
 
     /// Random bits.
     fn random(&self) -> u64;
@@ -88,6 +96,10 @@ impl Executor for Threads {
 
     fn pause(&self, duration: Duration) {
         thread::sleep(duration);
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        Box::pin(async move { futures_timer::Delay::new(duration).await })
     }
 
     fn random(&self) -> u64 {
@@ -170,6 +182,13 @@ impl Executor for Inline {
 
     fn pause(&self, duration: Duration) {
         self.time.advance(duration);
+    }
+
+    /// Moves the clock when it is first polled, and is over then: whoever waits for something else too must ask for
+    /// that first.
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        let time = self.time();
+        Box::pin(async move { time.advance(duration) })
     }
 
     fn random(&self) -> u64 {

@@ -3,14 +3,16 @@
 //! ```text
 //!   DeviceLane::start ---- job ----> lane: lock Driver, run, answer
 //!        |                                          |
-//!   Pending::wait <---------------- result ---------/
+//!   Pending::finished <------------ result ---------/
 //!        | limit passes
 //!        v
 //!   Hung: every later call is refused at once; the thread, the driver and its fds stay with the call
 //! ```
 //!
 //! Work is started and waited for apart, so a caller overlaps the device's next read with its own use of the last:
-//! start the next batch, send the one before, wait.
+//! start the next batch, send the one before, wait. Waiting is a future, for whatever polls it; [`Pending::wait`] is the
+//! same for a thread of its own. Whoever stops waiting loses the result and nothing else: the lane does the work all
+//! the same, and what is asked next comes after it.
 //!
 //! # Invariants
 //! - All calls on a device run on its lane, one at a time.
@@ -24,11 +26,12 @@ mod tests;
 
 use std::fmt;
 use std::io;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_channel::oneshot;
+use futures_util::future::{Either, select};
 
 use crate::driver::{Driver, SaveRead, SaveSession};
 use crate::{Call, ChunkPool, DeviceError, Executor, Identity, Lane, PrecopyInfo};
@@ -121,17 +124,20 @@ impl DeviceLane {
         T: Send + 'static,
         F: FnOnce(&mut Driver) -> T + Send + 'static,
     {
-        let (answer, answered) = mpsc::sync_channel(1);
+        let (answer, answered) = oneshot::channel();
         if self.hung().is_none() {
             let driver = Arc::clone(&self.shared.driver);
             let executor = Arc::clone(&self.shared.executor);
             let hung = Arc::clone(&self.shared.hung);
             let running = Arc::clone(&self.shared.running);
+            // What happens on the lane belongs to whoever asked for it.
+            let span = tracing::Span::current();
             self.shared.lane.submit(Box::new(move || {
                 if hung.get().is_some() {
                     // It waited behind a call that was given up and came back after all.
                     return;
                 }
+                let _entered = span.enter();
                 let since = executor.now();
                 *lock(&running) = Some(Running { call, since });
                 let value = work(&mut lock(&driver));
@@ -190,13 +196,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Pending<T> {
     lane: DeviceLane,
     call: Call,
-    answered: Receiver<(T, Duration)>,
+    answered: oneshot::Receiver<(T, Duration)>,
 }
 
 impl<T> Pending<T> {
-    /// Waits for the result. Where the lane is at one piece of work for longer than its limit, whichever that is, the
-    /// device is given up for good.
-    pub fn wait(self) -> Result<T, Hung> {
+    /// The result. Where the lane is at one piece of work for longer than its limit, whichever that is, the device is
+    /// given up for good.
+    pub async fn finished(mut self) -> Result<T, Hung> {
         let call = self.call;
         let limit = self.lane.shared.limit;
         loop {
@@ -204,16 +210,26 @@ impl<T> Pending<T> {
                 return Err(hung);
             }
             let left = self.lane.time_left().map_err(|hung| self.lane.give_up(hung))?;
-            match self.answered.recv_timeout(left) {
-                Ok((value, took)) if took <= limit => return Ok(value),
+            let late = self.lane.executor().sleep(left);
+            match select(&mut self.answered, late).await {
+                Either::Left((Ok((value, took)), _)) if took <= limit => return Ok(value),
                 // It came back, but later than a caller that had waited all the time would have allowed: when somebody
                 // begins to wait must not decide.
-                Ok(_) => return Err(self.lane.give_up(Hung::Overdue { call, after: limit })),
-                Err(RecvTimeoutError::Timeout) => {}
+                Either::Left((Ok(_), _)) => {
+                    return Err(self.lane.give_up(Hung::Overdue { call, after: limit }));
+                }
                 // The work ended without a result, which only a panic in it can do.
-                Err(RecvTimeoutError::Disconnected) => return Err(self.lane.give_up(Hung::Died { call })),
+                Either::Left((Err(oneshot::Canceled), _)) => {
+                    return Err(self.lane.give_up(Hung::Died { call }));
+                }
+                Either::Right(((), _)) => {}
             }
         }
+    }
+
+    /// The same for a caller that has nothing else to do. Holds up its thread, so never in an async task.
+    pub fn wait(self) -> Result<T, Hung> {
+        pollster::block_on(self.finished())
     }
 }
 

@@ -10,10 +10,13 @@
 //! 2. [`driver`]: the sole executor of the state machine's plans; what happens when a SET fails;
 //! 3. [`lane`]: the device's own thread, and what a call that never returns costs;
 //! 4. [`sim`], [`kernel`] and [`vfio_user`]: the backends.
-//! 5. [`conformance`]: the rules of the kernel's contract, tried out on any of them.
+//! 5. [`conformance`]: the rules of the kernel's contract, tried out on any of them;
+//! 6. [`address`]: from a device's name to an opened device, or to one that another process kept open.
 //!
-//! Synchronous throughout: no async runtime, no network. The one module with `unsafe` is `kernel::sys`.
+//! Device work is synchronous, on lanes. What waits for lanes ([`operation`]) is a future, for any runtime or none; this
+//! crate has no async runtime and no network. The one module with `unsafe` is `kernel::sys`.
 
+pub mod address;
 pub mod capabilities;
 pub mod config_space;
 pub mod conformance;
@@ -33,6 +36,7 @@ pub mod sim;
 pub mod state_file;
 pub mod vfio_user;
 
+pub use address::{DeviceAddress, Keepsake};
 pub use capabilities::{DataSize, DeviceCapabilities, PrecopyInfo};
 pub use config_space::{ConfigCapture, ConfigSpace, InterruptKind, PciCommand, Rearm};
 pub use device::{DataStream, MigrationDevice, Read, RestoreStream, SaveStream};

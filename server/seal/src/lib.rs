@@ -173,7 +173,8 @@ impl VerifiedChunk {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamMark(StreamId);
 
-/// Proof that a whole stream is what its seal says. Made by [`Verifier::finish`] and nothing else.
+/// Proof that a whole stream is what its seal says. Made by [`Verifier::finish`], or by
+/// [`journaled`](VerifiedSeal::journaled) from the word of an earlier life of the process.
 #[derive(Debug, PartialEq, Eq)]
 pub struct VerifiedSeal {
     stream: StreamId,
@@ -181,6 +182,14 @@ pub struct VerifiedSeal {
 }
 
 impl VerifiedSeal {
+    /// A seal that was verified before this process began.
+    ///
+    /// Only for a seal that an earlier life of the process verified, over what it wrote to the device, and then
+    /// journaled durably. It covers no stream that is written now.
+    pub fn journaled(seal: Seal) -> Self {
+        Self { stream: Verifier::new().stream, seal }
+    }
+
     /// The seal that was verified.
     pub fn seal(&self) -> Seal {
         self.seal

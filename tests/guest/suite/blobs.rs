@@ -6,16 +6,14 @@
 use bytes::Bytes;
 use vfio_checkpoint_device::driver::{Failure, Standing};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath};
-use vfio_checkpoint_device::operation::{
-    BoxError, OperationError, PrecopyPolicy, StateSource, restore, save,
-};
+use vfio_checkpoint_device::operation::{Arrival, BoxError, OperationError, PrecopyPolicy, StateSource};
 use vfio_checkpoint_device::seal::SealHasher;
-use vfio_checkpoint_device::{ConfigCapture, MigrationDevice, Rearm, Seal, Verifier};
+use vfio_checkpoint_device::{MigrationDevice, Rearm, Seal, Verifier};
 use vfio_checkpoint_fsm::{AfterSave, Cutover, Outcome, SaveRequest, State};
 
 use crate::Test;
 use crate::facts::Facts;
-use crate::save_restore::{Memory, driver, lane, open};
+use crate::save_restore::{Memory, driver, lane, open, restore, save};
 use crate::uart;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -94,22 +92,22 @@ fn damaged(facts: &Facts, path: KernelPath) {
 struct Flipped {
     blob: Option<Bytes>,
     seal: Seal,
+    verifier: Option<Verifier>,
 }
 
 impl StateSource for Flipped {
-    fn chunk(&mut self, _device: usize) -> Result<Option<Bytes>, BoxError> {
-        Ok(self.blob.take())
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        let Some(mut verifier) = self.verifier.take() else { return Ok(None) };
+        if let Some(blob) = self.blob.take() {
+            let chunk = verifier.accept(blob);
+            self.verifier = Some(verifier);
+            return Ok(Some(Arrival::Chunk { device: 0, chunk }));
+        }
+        let seal = verifier.finish(&self.seal)?;
+        Ok(Some(Arrival::Sealed { device: 0, seal, config: None }))
     }
 
-    fn seal(&mut self, _device: usize) -> Result<Seal, BoxError> {
-        Ok(self.seal)
-    }
-
-    fn config(&mut self, _device: usize) -> Option<ConfigCapture> {
-        None
-    }
-
-    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
         panic!("a device with unverified state must not get here")
     }
 }
@@ -122,7 +120,8 @@ fn flipped(facts: &Facts) {
     damaged[31] ^= 0x01;
     load(&device, &damaged).expect("mtty accepts it, which is why there is a seal");
 
-    let mut source = Flipped { blob: Some(Bytes::from(damaged)), seal: seal_of(&whole) };
+    let (blob, verifier) = (Some(Bytes::from(damaged)), Some(Verifier::new()));
+    let mut source = Flipped { blob, seal: seal_of(&whole), verifier };
     let Err(OperationError::Failed { cause, outcome, quarantined, .. }) =
         restore(&[lane(&device)], &mut source)
     else {

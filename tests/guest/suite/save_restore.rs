@@ -1,18 +1,22 @@
 //! State moves from one real device to another: the registers are equal afterwards.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions};
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
-use vfio_checkpoint_device::operation::{BoxError, PrecopyPolicy, StateSink, StateSource, restore, save};
-use vfio_checkpoint_device::seal::SealHasher;
+use vfio_checkpoint_device::operation::{
+    self, Alone, Arrival, BoxError, OperationError, PrecopyPolicy, RestoreReport, RestoreTerms, SaveReport,
+    SaveTerms, StateSink, StateSource,
+};
 use vfio_checkpoint_device::{
-    ConfigCapture, DeviceError, DeviceLane, Driver, Read, Rearm, SaveStream, Seal, Threads,
+    ConfigCapture, DeviceError, DeviceLane, Driver, Read, Rearm, SaveStream, Threads, Verifier,
 };
 use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest, State};
 
 use crate::Test;
+use crate::blobs::seal_of;
 use crate::facts::Facts;
 use crate::uart;
 
@@ -51,48 +55,78 @@ pub(crate) struct Memory {
     pub(crate) blobs: Vec<Vec<u8>>,
     config: Vec<Option<ConfigCapture>>,
     sealed: bool,
-    next: Vec<bool>,
+    reading: usize,
+    verifier: Option<Verifier>,
 }
 
 impl Memory {
     pub(crate) fn new(devices: usize) -> Self {
-        Self { blobs: vec![Vec::new(); devices], next: vec![false; devices], ..Self::default() }
+        Self { blobs: vec![Vec::new(); devices], ..Self::default() }
     }
 }
 
 impl StateSink for Memory {
-    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+    async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
         assert!(!self.sealed);
         self.blobs[device].extend_from_slice(&bytes);
         Ok(())
     }
 
-    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
         config.clone_into(&mut self.config);
         self.sealed = true;
         Ok(())
     }
-}
 
-impl StateSource for Memory {
-    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
-        let given = std::mem::replace(&mut self.next[device], true);
-        Ok((!given && !self.blobs[device].is_empty()).then(|| Bytes::copy_from_slice(&self.blobs[device])))
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        panic!("nothing is held here")
     }
 
-    fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
-        let mut hasher = SealHasher::new();
-        hasher.update(&self.blobs[device]);
-        Ok(hasher.seal())
-    }
-
-    fn config(&mut self, device: usize) -> Option<ConfigCapture> {
-        self.config.get(device).copied().flatten()
-    }
-
-    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        self.sealed = false;
         Ok(())
     }
+}
+
+/// Device after device, each in one chunk.
+impl StateSource for Memory {
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        let device = self.reading;
+        let Some(blob) = self.blobs.get(device) else { return Ok(None) };
+        if let Some(verifier) = self.verifier.take() {
+            let seal = verifier.finish(&seal_of(blob))?;
+            self.reading += 1;
+            let config = self.config.get(device).copied().flatten();
+            return Ok(Some(Arrival::Sealed { device, seal, config }));
+        }
+        let verifier = self.verifier.insert(Verifier::new());
+        let chunk = verifier.accept(Bytes::copy_from_slice(blob));
+        Ok(Some(Arrival::Chunk { device, chunk }))
+    }
+
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+/// A whole save, with nobody to answer to.
+pub(crate) fn save(
+    lanes: &[DeviceLane],
+    request: SaveRequest,
+    policy: PrecopyPolicy,
+    sink: &mut impl StateSink,
+) -> Result<SaveReport, OperationError> {
+    let terms = SaveTerms::automatic(request.pre_copy, request.after, policy);
+    pollster::block_on(operation::save(lanes, terms, &Alone, sink))
+}
+
+/// A whole restore, with nobody to answer to.
+pub(crate) fn restore(
+    lanes: &[DeviceLane],
+    source: &mut impl StateSource,
+) -> Result<RestoreReport, OperationError> {
+    let terms = RestoreTerms::run(Duration::from_secs(5));
+    pollster::block_on(operation::restore(lanes, terms, &Alone, source))
 }
 
 /// A driver of a duplicate of a device; the device itself stays with the test, to look at its registers.

@@ -22,8 +22,10 @@
 //! - A quarantined device gets no call at all, except the ones that somebody asks for by name:
 //!   [`reset`](Driver::reset) and [`reinstate`](Driver::reinstate).
 //!
-//! Dropping a session leaves the device where it is. [`Driver::abort`] brings it back, with or without the session.
+//! Dropping a session leaves the device where it is. [`Driver::abort`] brings it back, with or without the session. A
+//! device that an earlier life of the process was at is taken up with one of the `adopt_` functions.
 
+mod adopt;
 mod failure;
 mod restore;
 mod save;
@@ -38,6 +40,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use vfio_checkpoint_fsm::{Outcome, Role, State};
 
+pub use adopt::{Starting, Waking};
 pub use failure::{Answer, Failure, Standing, Step};
 pub use restore::{Armed, FixedUp, Loaded, RestoreSession};
 pub use save::{Quiesced, SaveMode, SaveRead, SaveSession, Stopped};
@@ -112,6 +115,11 @@ impl Driver {
     /// Reads the state back. Not part of a trajectory.
     pub fn state(&mut self) -> Result<State, DeviceError> {
         self.check_standing(Call::GetState)?;
+        self.device.state()
+    }
+
+    /// Reads the state back, in quarantine too: whoever decides about a device wants to know where it stands.
+    pub fn observe(&mut self) -> Result<State, DeviceError> {
         self.device.state()
     }
 

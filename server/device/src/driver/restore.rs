@@ -65,12 +65,17 @@ impl RestoreSession {
 #[derive(Debug)]
 pub struct Loaded {
     id: SessionId,
-    /// Kept open: closing it is not what ends the load, and one driver's quirk could make it so.
-    _stream: Box<dyn RestoreStream>,
+    /// Kept open: closing it is not what ends the load, and one driver's quirk could make it so. None where an earlier
+    /// life of the process loaded the device.
+    _stream: Option<Box<dyn RestoreStream>>,
     seal: Seal,
 }
 
 impl Loaded {
+    pub(super) fn adopted(id: SessionId, seal: Seal) -> Self {
+        Self { id, _stream: None, seal }
+    }
+
     /// The seal on what was loaded.
     pub fn seal(&self) -> Seal {
         self.seal
@@ -85,6 +90,15 @@ pub struct FixedUp {
 }
 
 impl FixedUp {
+    pub(super) fn adopted(loaded: Loaded, rearm: Option<Rearm>) -> Self {
+        Self { loaded, rearm }
+    }
+
+    /// The seal on what was loaded.
+    pub fn seal(&self) -> Seal {
+        self.loaded.seal
+    }
+
     /// The interrupts that were armed when the state was captured, which whoever owns the eventfds must arm again.
     pub fn rearm(&self) -> Option<Rearm> {
         self.rearm
@@ -114,8 +128,12 @@ impl Driver {
         });
         match opened {
             Ok(stream) => {
-                self.engaged =
-                    Some(Engagement { session: id, stake: Stake::Destination, peers: Peers::None });
+                self.engaged = Some(Engagement {
+                    session: id,
+                    stake: Stake::Destination,
+                    peers: Peers::None,
+                    left_in: None,
+                });
                 Ok(RestoreSession { id, stream, source: None, written: 0, poisoned: false })
             }
             Err(first) => Err(self.session_failed(id, first)),
@@ -134,7 +152,7 @@ impl Driver {
             }
         });
         match whole {
-            Ok(()) => Ok(Loaded { id: session.id, _stream: session.stream, seal: seal.seal() }),
+            Ok(()) => Ok(Loaded { id: session.id, _stream: Some(session.stream), seal: seal.seal() }),
             Err(first) => Err(self.session_failed(session.id, first)),
         }
     }
@@ -191,11 +209,26 @@ impl Driver {
         Ok(())
     }
 
+    /// As [`enter_running_p2p`](Self::enter_running_p2p), but a failure leaves the device where it is, until
+    /// [`abort`](Self::abort): time to write down what is going to be done about it.
+    pub fn try_running_p2p(&mut self, armed: &Armed) -> Result<(), DeviceError> {
+        self.try_start(armed, &[State::Resuming], State::RunningP2p)
+    }
+
+    /// As [`enter_running`](Self::enter_running), but a failure leaves the device where it is, until
+    /// [`abort`](Self::abort).
+    pub fn try_running(&mut self, armed: &Armed) -> Result<(), DeviceError> {
+        self.try_start(armed, &[State::Resuming, State::RunningP2p], State::Running)?;
+        self.engaged = None;
+        Ok(())
+    }
+
     fn start(&mut self, armed: &Armed, from: &[State], target: State) -> Result<(), Failure> {
-        let id = armed.loaded.id;
-        match self.check_session(id, Call::SetState(target)).and_then(|()| self.walk(from, target)) {
-            Ok(_) => Ok(()),
-            Err(first) => Err(self.session_failed(id, first)),
-        }
+        self.try_start(armed, from, target).map_err(|first| self.session_failed(armed.loaded.id, first))
+    }
+
+    fn try_start(&mut self, armed: &Armed, from: &[State], target: State) -> Result<(), DeviceError> {
+        self.check_session(armed.loaded.id, Call::SetState(target))?;
+        self.walk(from, target).map(|_| ())
     }
 }

@@ -245,6 +245,11 @@ pub struct Stopped {
 }
 
 impl Stopped {
+    /// What was captured of configuration space went into the seal, with the process that took it.
+    pub(super) fn adopted(id: SessionId) -> Self {
+        Self { id, config: None }
+    }
+
     /// What was captured of configuration space, where the device has one.
     pub fn config(&self) -> Option<&ConfigCapture> {
         self.config.as_ref()

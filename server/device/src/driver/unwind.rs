@@ -23,6 +23,8 @@ pub(super) struct Engagement {
     pub(super) session: SessionId,
     pub(super) stake: Stake,
     pub(super) peers: Peers,
+    /// Where the device stood before the first step of the session, where somebody knows.
+    pub(super) left_in: Option<State>,
 }
 
 /// Whether a device is saved on its own or in a set that shares memory.
@@ -141,7 +143,10 @@ impl Driver {
     /// Where the last step of the session left the device, if it succeeded. A device found elsewhere was moved or reset
     /// by somebody else, or fell into ERROR. After a failed SET it may stand anywhere on the way.
     fn left_in(&self) -> Option<State> {
-        let last_set = self.steps.iter().rposition(|step| matches!(step, Step::Set(..) | Step::Reset(_)))?;
+        let is_move = |step: &Step| matches!(step, Step::Set(..) | Step::Reset(_));
+        let Some(last_set) = self.steps.iter().rposition(is_move) else {
+            return self.engaged.and_then(|engagement| engagement.left_in);
+        };
         match (self.steps.get(last_set), self.steps.get(last_set + 1)) {
             (Some(Step::Set(target, Answer::Ok)), Some(Step::ReadBack(Ok(found)))) if target == found => {
                 Some(*target)

@@ -32,7 +32,7 @@ impl Driver {
             .and_then(|found| unless_running(found).map_err(|found| DeviceError::LeftOver { found }));
         running.map_err(|first| self.refuse(first))?;
         let session = SessionId::next();
-        self.engaged = Some(Engagement { session, stake, peers });
+        self.engaged = Some(Engagement { session, stake, peers, left_in: None });
         Ok(session)
     }
 
@@ -110,6 +110,8 @@ impl Driver {
             Walk::Forbidden(source) => return Err(DeviceError::Forbidden { target, source }),
             Walk::Path(path) => path.opens_stream(),
         };
+        let arc = tracing::info_span!("arc", device = %self.device.identity().name, %from, to = %target);
+        let _entered = arc.enter();
         let set = self.device.set_state(target);
         self.steps.push(Step::Set(target, Answer::of(&set)));
         let stream = set?;

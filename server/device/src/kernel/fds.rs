@@ -21,6 +21,8 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use serde::{Deserialize, Serialize};
+
 use super::sys;
 use super::sys::memory::Space;
 
@@ -115,7 +117,8 @@ impl Attachment {
 }
 
 /// The two ways to a device. Kernels have one or both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum KernelPath {
     /// `/dev/vfio/GROUP` and a container.
     Container,

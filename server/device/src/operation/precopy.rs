@@ -63,8 +63,7 @@ impl PrecopyPolicy {
     pub fn decide(&self, left: &[Left], elapsed: Duration) -> Decision {
         let initial_done =
             left.iter().all(|left| left.precopy.map_or(left.nothing_now, |info| info.initial_bytes == 0));
-        let downtime = left.iter().map(Left::predicted_downtime).sum::<Option<Duration>>();
-        let fits = downtime.is_some_and(|downtime| downtime <= self.downtime_limit);
+        let fits = Left::predicted_downtime_of(left).is_some_and(|downtime| downtime <= self.downtime_limit);
         if initial_done && (fits || self.cannot_be_told(left)) {
             Decision::CutOver
         } else if elapsed < self.time_budget {
@@ -87,6 +86,11 @@ impl PrecopyPolicy {
 }
 
 impl Left {
+    /// How long a stop of a set would take from here, where that can be told of every device.
+    pub fn predicted_downtime_of(set: &[Self]) -> Option<Duration> {
+        set.iter().map(Self::predicted_downtime).sum()
+    }
+
     /// How long a stop would take from here at the rate measured so far. `None` where the device does not say how
     /// much is left, or no rate is known yet.
     pub fn predicted_downtime(&self) -> Option<Duration> {

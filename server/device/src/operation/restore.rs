@@ -1,31 +1,40 @@
 //! A restore of a set, start to end.
 
+use std::pin::pin;
 use std::time::Duration;
 
-use bytes::Bytes;
+use futures_util::future::{Either, select};
 use vfio_checkpoint_fsm::{
-    AfterLoad, Outcome, RestoreCommand, RestoreEvent, RestorePlan, RestoreState, State, Step,
+    AfterLoad, Outcome, RestoreCommand, RestoreEvent, RestorePlan, RestoreState, RestoreStep, State,
 };
 
-use super::{BoxError, Cause, OperationError, Unwound, capabilities};
-use crate::driver::{Armed, Driver, Failure, FixedUp, Loaded, RestoreSession, Standing};
-use crate::lane::Hung;
-use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, Seal, VerifiedChunk, Verifier};
+use super::error::{Cause, OperationError, Unwound};
+use super::machine::{LostTrack, Machine, begin, drive};
+use super::set::{Noted, Seats};
+use super::state::ArrivalError;
+use super::{
+    Arrival, BoxError, Caller, DeviceProgress, OperationStep, Owner, Progress, StateSource, capabilities,
+};
+use crate::driver::{Armed, Driver, FixedUp, Loaded, RestoreSession, Standing};
+use crate::lane::{Hung, Pending};
+use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, Seal, VerifiedChunk, VerifiedSeal};
 
-/// Gives the state of a set of devices, counted from 0 in the order of the set.
-pub trait StateSource {
-    /// The next bytes of a device, or `None` at the end. Never empty.
-    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError>;
+/// What is asked of a restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestoreTerms {
+    /// What the devices do once they are loaded.
+    pub after: AfterLoad,
+    /// How long loaded devices wait for Resume. They are reset then.
+    pub hold_limit: Duration,
+    /// How long their owner has to be ready. They are reset then.
+    pub ready_limit: Duration,
+}
 
-    /// The seal on a device's state. Asked for once its chunks are at their end.
-    fn seal(&mut self, device: usize) -> Result<Seal, BoxError>;
-
-    /// What was captured of the device's configuration space when it was saved.
-    fn config(&mut self, device: usize) -> Option<ConfigCapture>;
-
-    /// The devices are loaded and fixed up. Whoever owns the eventfds and the DMA mappings arms what `rearm` names and
-    /// says ready by returning; no device runs before that.
-    fn ready(&mut self, rearm: &[Option<Rearm>]) -> Result<(), BoxError>;
+impl RestoreTerms {
+    /// Run at once, as soon as the owner is ready, which it is within `ready_limit`.
+    pub fn run(ready_limit: Duration) -> Self {
+        Self { after: AfterLoad::Run, hold_limit: Duration::ZERO, ready_limit }
+    }
 }
 
 /// What a restore did.
@@ -35,318 +44,473 @@ pub struct RestoreReport {
     pub plan: RestorePlan,
     /// The seal on each device's state, verified over what was written to it.
     pub seals: Vec<Seal>,
-    /// The whole restore.
+    /// The whole restore, or what was left of it to an operation that was taken up.
     pub took: Duration,
+    /// What the caller could not record after there was no way back, the first of it.
+    pub unrecorded: Option<String>,
 }
 
-/// Restores a set of devices and runs them. A failed restore leaves devices that run without anybody's state, except
-/// where it says that one is quarantined.
-pub fn restore(lanes: &[DeviceLane], source: &mut dyn StateSource) -> Result<RestoreReport, OperationError> {
-    let plan = RestorePlan::for_devices(&capabilities(lanes)?, AfterLoad::Run)?;
-    let mut run = Run::new(lanes, plan, source);
-    let mut step = RestoreState::Admitted.on(plan, RestoreEvent::Start);
-    loop {
-        match step {
-            Step::Moved { to, command } => match run.execute(command) {
-                Some(event) => step = to.on(plan, event),
-                None if to == RestoreState::Completed => return Ok(run.report()),
-                None => return Err(run.unwound.into_error()),
-            },
-            // Neither can be: each event here answers the command before it, which the state waits for.
-            Step::NoOp(state) => return Err(run.lost_track(state, None)),
-            Step::Illegal { state, event } => return Err(run.lost_track(state, Some(event))),
-        }
+/// Restores a set of devices and runs them. A restore that fails or is cancelled leaves devices that run without
+/// anybody's state, except where it says that one is quarantined.
+///
+/// Needs no async runtime. The future may be dropped at any point, as by a crash: [`Driver::abort`] on each lane, or
+/// [`take_up_restore`](super::take_up_restore) from another process, then does the rest.
+pub async fn restore<S: StateSource>(
+    lanes: &[DeviceLane],
+    terms: RestoreTerms,
+    caller: &dyn Caller,
+    source: &mut S,
+) -> Result<RestoreReport, OperationError> {
+    let plan = RestorePlan::for_devices(&capabilities(lanes).await?, terms.after)?;
+    let mut run = RestoreRun::new(lanes, plan, terms, caller, source);
+    let first = begin(caller, &mut run, RestoreState::Admitted, RestoreEvent::Start);
+    run.finish(first).await
+}
+
+/// Gives state to a restore, or, where it was given before a crash, only speaks for the devices' owner.
+pub(super) trait Feed: Send {
+    fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send;
+    fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
+    fn ready(&mut self, rearm: &[Option<Rearm>]) -> impl Future<Output = Result<(), BoxError>> + Send;
+}
+
+impl<S: StateSource> Feed for S {
+    fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send {
+        StateSource::next(self)
+    }
+
+    fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
+        StateSource::held(self)
+    }
+
+    fn ready(&mut self, rearm: &[Option<Rearm>]) -> impl Future<Output = Result<(), BoxError>> + Send {
+        StateSource::ready(self, rearm)
     }
 }
 
-/// One device of the set, and how far it is.
-struct Seat<'a> {
-    lane: &'a DeviceLane,
-    hold: Hold,
-    verifier: Verifier,
-    seal: Option<Seal>,
-    runs: bool,
+/// Nothing more comes: the state was loaded before.
+pub(super) struct Fed<'a, O>(pub(super) &'a mut O);
+
+impl<O: Owner> Feed for Fed<'_, O> {
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        Ok(None)
+    }
+
+    async fn held(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn ready(&mut self, rearm: &[Option<Rearm>]) -> impl Future<Output = Result<(), BoxError>> + Send {
+        self.0.ready(rearm)
+    }
 }
 
 /// What is held of a device between two steps.
-enum Hold {
+#[derive(Default)]
+pub(super) enum Hold {
+    #[default]
     Nothing,
     Loading(RestoreSession),
     Loaded(Loaded),
     FixedUp(FixedUp),
     Armed(Armed),
+    /// Past the barrier, in RUNNING_P2P.
+    Quiesced(Armed),
+    Running,
+    /// It did not start, and was left where it is.
+    Failed,
 }
 
-/// A step failed; what failed is noted already.
-struct Noted;
+/// What came to an end with a device's state.
+struct Sealed {
+    seal: VerifiedSeal,
+    config: Option<ConfigCapture>,
+}
 
-struct Run<'a> {
-    seats: Vec<Seat<'a>>,
+/// A chunk on its way into a device.
+type Writing = Pending<(RestoreSession, Result<(), DeviceError>)>;
+
+pub(super) struct RestoreRun<'a, S> {
+    pub(super) set: Seats<'a, Hold>,
+    sealed: Vec<Option<Sealed>>,
+    progress: Vec<DeviceProgress>,
+    state: RestoreState,
     plan: RestorePlan,
-    source: &'a mut dyn StateSource,
-    unwound: Unwound,
-    begun: Duration,
+    terms: RestoreTerms,
+    caller: &'a dyn Caller,
+    source: &'a mut S,
 }
 
-impl<'a> Run<'a> {
-    fn new(lanes: &'a [DeviceLane], plan: RestorePlan, source: &'a mut dyn StateSource) -> Self {
-        let seats = lanes
-            .iter()
-            .map(|lane| Seat {
-                lane,
-                hold: Hold::Nothing,
-                verifier: Verifier::new(),
-                seal: None,
-                runs: false,
-            })
-            .collect();
-        let begun = lanes.first().map_or(Duration::ZERO, |lane| lane.executor().now());
-        Self { seats, plan, source, unwound: Unwound::new(), begun }
+impl<S: Feed> Machine for RestoreRun<'_, S> {
+    type Plan = RestorePlan;
+    type State = RestoreState;
+    type Event = RestoreEvent;
+    type Command = RestoreCommand;
+
+    const CANCEL: RestoreEvent = RestoreEvent::Cancel;
+    const FAILED: RestoreEvent = RestoreEvent::Failed;
+
+    fn on(state: RestoreState, plan: RestorePlan, event: RestoreEvent) -> RestoreStep {
+        state.on(plan, event)
     }
 
-    /// Does what the machine commands and says what came of it; `None` where that was the end.
-    fn execute(&mut self, command: RestoreCommand) -> Option<RestoreEvent> {
-        let (done, event) = match command {
-            RestoreCommand::EnterResuming => (self.enter(), RestoreEvent::AllEntered),
-            RestoreCommand::Load => (self.load(), RestoreEvent::AllLoaded),
-            RestoreCommand::Verify => (self.verify(), RestoreEvent::SealVerified),
-            RestoreCommand::FixUp => (self.fix_up(), RestoreEvent::FixedUp),
-            RestoreCommand::AwaitReady => (self.ready(), RestoreEvent::Ready),
-            RestoreCommand::EnterP2p => (self.enter_p2p(), RestoreEvent::AllQuiesced),
-            RestoreCommand::Resume | RestoreCommand::FinishResume => {
-                let done = self.run_all();
-                // A device that runs is told before the failure of another: it decides between reset and quarantine.
-                if done.is_err()
-                    && command == RestoreCommand::Resume
-                    && self.seats.iter().any(|seat| seat.runs)
-                {
-                    return Some(RestoreEvent::AnyRunning);
-                }
-                (done, RestoreEvent::AllRunning)
-            }
-            RestoreCommand::UndoEntry => return Some(self.undo()),
+    fn is_past_no_return(state: RestoreState) -> bool {
+        state.is_past_no_return()
+    }
+
+    fn step(state: RestoreState) -> OperationStep {
+        OperationStep::Restore(state)
+    }
+
+    fn plan(&self) -> RestorePlan {
+        self.plan
+    }
+
+    fn unwound(&mut self) -> &mut Unwound {
+        &mut self.set.unwound
+    }
+
+    async fn execute(&mut self, state: RestoreState, command: RestoreCommand) -> Option<RestoreEvent> {
+        self.state = state;
+        let done = match command {
+            RestoreCommand::EnterResuming => self.enter().await.map(|()| RestoreEvent::AllEntered),
+            RestoreCommand::Load => self.load().await.map(|()| RestoreEvent::AllLoaded),
+            RestoreCommand::Verify => self.verify().await.map(|()| RestoreEvent::SealVerified),
+            RestoreCommand::FixUp => self.fix_up().await.map(|()| RestoreEvent::FixedUp),
+            RestoreCommand::AwaitResume => self.await_resume().await,
+            RestoreCommand::AwaitReady => self.await_ready().await,
+            RestoreCommand::EnterP2p => self.enter_p2p().await.map(|()| RestoreEvent::AllQuiesced),
+            RestoreCommand::Resume => self.run_first().await,
+            RestoreCommand::FinishResume => self.run_rest().await.map(|()| RestoreEvent::AllRunning),
+            RestoreCommand::UndoEntry => Ok(self.undo().await),
             // Past the entry every device gave up what it had, whatever its way back was.
             RestoreCommand::ResetAll => {
-                let event = self.undo();
-                return Some(if event == RestoreEvent::Recovered { RestoreEvent::AllReset } else { event });
+                let event = self.undo().await;
+                Ok(if event == RestoreEvent::Recovered { RestoreEvent::AllReset } else { event })
             }
             RestoreCommand::Release => return None,
             RestoreCommand::Quarantine => {
-                self.quarantine_set();
+                self.quarantine_set().await;
                 return None;
             }
-            // Not in a plan without a hold.
-            RestoreCommand::AwaitResume => {
-                self.unwound
-                    .blame(Cause::Other("the plan asks for a caller to wait for, and there is none".into()));
-                (Err(Noted), RestoreEvent::Failed)
-            }
         };
-        Some(if done.is_ok() { event } else { RestoreEvent::Failed })
+        Some(done.unwrap_or(RestoreEvent::Failed))
     }
 
-    fn enter(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            let session = self.step(index, Call::SetState(State::Resuming), Driver::begin_restore)?;
-            self.seats[index].hold = Hold::Loading(session);
+    async fn bring_back(&mut self) {
+        let _ = self.undo().await;
+    }
+}
+
+impl<'a, S: Feed> RestoreRun<'a, S> {
+    pub(super) fn new(
+        lanes: &'a [DeviceLane],
+        plan: RestorePlan,
+        terms: RestoreTerms,
+        caller: &'a dyn Caller,
+        source: &'a mut S,
+    ) -> Self {
+        Self {
+            set: Seats::new(lanes),
+            sealed: lanes.iter().map(|_| None).collect(),
+            progress: vec![DeviceProgress::default(); lanes.len()],
+            state: RestoreState::Admitted,
+            plan,
+            terms,
+            caller,
+            source,
+        }
+    }
+
+    /// Goes on from a step to the end. An error tells of every end that is not a success.
+    pub(super) async fn finish(&mut self, first: RestoreStep) -> Result<RestoreReport, OperationError> {
+        match drive(self, self.caller, first).await {
+            Ok(state) if state.is_success() => Ok(self.report()),
+            Ok(_) | Err(LostTrack) => {
+                Err(std::mem::replace(&mut self.set.unwound, Unwound::new()).into_error(None))
+            }
+        }
+    }
+
+    /// Takes in that a device was loaded by an earlier life of the process.
+    pub(super) fn loaded_before(&mut self, index: usize, seal: VerifiedSeal) {
+        self.progress[index].bytes = seal.seal().bytes;
+        self.sealed[index] = Some(Sealed { seal, config: None });
+    }
+
+    fn tell(&self) {
+        self.caller.progress(&Progress {
+            step: OperationStep::Restore(self.state),
+            devices: &self.progress,
+            predicted_downtime: None,
+        });
+    }
+
+    async fn enter(&mut self) -> Result<(), Noted> {
+        for index in 0..self.set.len() {
+            let call = Call::SetState(State::Resuming);
+            let session = self.set.step(index, call, Driver::begin_restore).await?;
+            self.set.hold(index, Hold::Loading(session));
         }
         Ok(())
     }
 
-    /// Writes each device's chunks, fetching and hashing the next while one is being written.
-    fn load(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            let lane = self.seats[index].lane;
-            let mut next = self.fetch(index)?;
-            while let Some(chunk) = next {
-                let Hold::Loading(mut session) = self.take(index) else {
-                    return Err(self.fail_device(index, DeviceError::Poisoned));
-                };
-                let writing = lane.start(Call::Write, move |_| {
-                    let written = session.write(&chunk);
-                    (session, written)
-                });
-                let fetched = self.fetch(index);
-                let (session, written) = match writing.wait() {
-                    Ok(done) => done,
-                    Err(hung) => {
-                        self.unwound.device(lane, Err(hung));
-                        return Err(Noted);
+    /// Writes what arrives, fetching and hashing the next chunk while one is being written.
+    async fn load(&mut self) -> Result<(), Noted> {
+        let mut writing: Option<(usize, Writing)> = None;
+        loop {
+            let arrival = match writing.take() {
+                None => self.source.next().await,
+                Some((index, pending)) => {
+                    let written = pin!(pending.finished());
+                    match select(written, pin!(self.source.next())).await {
+                        Either::Left((written, next)) => {
+                            // A write that failed waits for no source that is slow.
+                            written_to(&mut self.set, &mut self.progress, index, written)?;
+                            next.await
+                        }
+                        Either::Right((arrival, written)) => {
+                            written_to(&mut self.set, &mut self.progress, index, written.await)?;
+                            arrival
+                        }
                     }
-                };
-                self.seats[index].hold = Hold::Loading(session);
-                if let Err(error) = written {
-                    return Err(self.fail_device(index, error));
                 }
-                next = fetched?;
+            };
+            self.tell();
+            match arrival {
+                Ok(Some(Arrival::Chunk { device, chunk })) => {
+                    self.expect(device)?;
+                    writing = Some((device, self.write(device, chunk)?));
+                }
+                Ok(Some(Arrival::Sealed { device, seal, config })) => {
+                    self.expect(device)?;
+                    self.sealed[device] = Some(Sealed { seal, config });
+                }
+                Ok(None) => {
+                    return match self.sealed.iter().position(Option::is_none) {
+                        None => Ok(()),
+                        Some(device) => Err(self.misfit(ArrivalError::Unsealed { device })),
+                    };
+                }
+                Err(error) => return Err(self.set.fail(Cause::Other(error))),
+            }
+        }
+    }
+
+    /// Whether something more may come for a device.
+    fn expect(&mut self, device: usize) -> Result<(), Noted> {
+        match self.sealed.get(device) {
+            Some(None) => Ok(()),
+            Some(Some(_)) => Err(self.misfit(ArrivalError::AfterSeal { device })),
+            None => Err(self.misfit(ArrivalError::NoSuchDevice { device, devices: self.set.len() })),
+        }
+    }
+
+    fn misfit(&mut self, error: ArrivalError) -> Noted {
+        self.set.fail(Cause::Other(error.into()))
+    }
+
+    fn write(&mut self, index: usize, chunk: VerifiedChunk) -> Result<Writing, Noted> {
+        let Hold::Loading(mut session) = self.set.take(index) else {
+            return Err(self.set.fail_device(index, DeviceError::Poisoned));
+        };
+        Ok(self.set.all[index].lane.start(Call::Write, move |_| {
+            let written = session.write(&chunk);
+            (session, written)
+        }))
+    }
+
+    async fn verify(&mut self) -> Result<(), Noted> {
+        for index in 0..self.set.len() {
+            if let Hold::Loading(session) = self.set.take(index)
+                && let Some(Sealed { seal, config }) = self.sealed[index].take()
+            {
+                let verified = self.set.step(index, Call::Write, move |driver| {
+                    driver.verified(session, &seal).map(|loaded| (loaded, seal))
+                });
+                let (loaded, seal) = verified.await?;
+                self.sealed[index] = Some(Sealed { seal, config });
+                self.set.hold(index, Hold::Loaded(loaded));
             }
         }
         Ok(())
     }
 
-    fn fetch(&mut self, index: usize) -> Result<Option<VerifiedChunk>, Noted> {
-        match self.source.chunk(index) {
-            Ok(bytes) => Ok(bytes.map(|bytes| self.seats[index].verifier.accept(bytes))),
-            Err(error) => {
-                self.unwound.blame(Cause::Other(error));
-                Err(Noted)
-            }
-        }
-    }
-
-    fn verify(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            let hashed = std::mem::take(&mut self.seats[index].verifier);
-            let verified =
-                self.source.seal(index).and_then(|seal| hashed.finish(&seal).map_err(Into::into)).map_err(
-                    |error| {
-                        self.unwound.blame(Cause::Other(error));
-                        Noted
-                    },
-                )?;
-            self.seats[index].seal = Some(verified.seal());
-            if let Hold::Loading(session) = self.take(index) {
-                let loaded =
-                    self.step(index, Call::Write, move |driver| driver.verified(session, &verified))?;
-                self.seats[index].hold = Hold::Loaded(loaded);
+    async fn fix_up(&mut self) -> Result<(), Noted> {
+        for index in 0..self.set.len() {
+            let config = self.sealed[index].as_ref().and_then(|sealed| sealed.config);
+            if let Hold::Loaded(loaded) = self.set.take(index) {
+                let call = Call::ConfigWrite;
+                let fixed =
+                    self.set.step(index, call, move |driver| driver.fix_up(loaded, config.as_ref())).await?;
+                self.set.hold(index, Hold::FixedUp(fixed));
             }
         }
         Ok(())
     }
 
-    fn fix_up(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            let config = self.source.config(index);
-            if let Hold::Loaded(loaded) = self.take(index) {
-                let fixed = self
-                    .step(index, Call::ConfigWrite, move |driver| driver.fix_up(loaded, config.as_ref()))?;
-                self.seats[index].hold = Hold::FixedUp(fixed);
+    async fn await_resume(&mut self) -> Result<RestoreEvent, Noted> {
+        let limit = self.terms.hold_limit;
+        let late = self.set.sleep(limit);
+        let (caller, source) = (self.caller, &mut *self.source);
+        let resumed = async {
+            source.held().await?;
+            caller.resume().await;
+            Ok(())
+        };
+        match select(pin!(resumed), late).await {
+            Either::Left((Ok(()), _)) => Ok(RestoreEvent::Resume),
+            Either::Left((Err(error), _)) => Err(self.set.fail(Cause::Other(error))),
+            Either::Right(((), _)) => {
+                self.set.unwound.blame(Cause::HoldExpired { limit });
+                Ok(RestoreEvent::HoldExpired)
             }
         }
-        Ok(())
     }
 
-    fn ready(&mut self) -> Result<(), Noted> {
+    async fn await_ready(&mut self) -> Result<RestoreEvent, Noted> {
         let rearm: Vec<Option<Rearm>> = self
-            .seats
+            .set
+            .all
             .iter()
             .map(|seat| match &seat.hold {
                 Hold::FixedUp(fixed) => fixed.rearm(),
-                Hold::Nothing | Hold::Loading(_) | Hold::Loaded(_) | Hold::Armed(_) => None,
+                Hold::Nothing
+                | Hold::Loading(_)
+                | Hold::Loaded(_)
+                | Hold::Armed(_)
+                | Hold::Quiesced(_)
+                | Hold::Running
+                | Hold::Failed => None,
             })
             .collect();
-        self.source.ready(&rearm).map_err(|error| {
-            self.unwound.blame(Cause::Other(error));
-            Noted
-        })?;
-        for seat in &mut self.seats {
-            if let Hold::FixedUp(fixed) = std::mem::replace(&mut seat.hold, Hold::Nothing) {
-                seat.hold = Hold::Armed(fixed.ready());
+        let limit = self.terms.ready_limit;
+        let late = self.set.sleep(limit);
+        let ready = match select(pin!(self.source.ready(&rearm)), late).await {
+            Either::Left((ready, _)) => Some(ready),
+            Either::Right(((), _)) => None,
+        };
+        match ready {
+            Some(Ok(())) => {}
+            Some(Err(error)) => return Err(self.set.fail(Cause::Other(error))),
+            None => {
+                self.set.unwound.blame(Cause::NotReady { limit });
+                return Ok(RestoreEvent::HoldExpired);
             }
         }
-        Ok(())
-    }
-
-    fn enter_p2p(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            if let Hold::Armed(armed) = self.take(index) {
-                let armed = self.step(index, Call::SetState(State::RunningP2p), |driver| {
-                    driver.enter_running_p2p(&armed).map(|()| armed)
-                })?;
-                self.seats[index].hold = Hold::Armed(armed);
+        for index in 0..self.set.len() {
+            if let Hold::FixedUp(fixed) = self.set.take(index) {
+                self.set.hold(index, Hold::Armed(fixed.ready()));
             }
         }
-        Ok(())
+        Ok(RestoreEvent::Ready)
     }
 
-    fn run_all(&mut self) -> Result<(), Noted> {
-        for index in 0..self.seats.len() {
-            if self.seats[index].runs {
-                continue;
-            }
-            let Hold::Armed(armed) = self.take(index) else {
-                // Its own driver has reset it already: it runs, but not with the restored state.
-                return Err(Noted);
+    async fn enter_p2p(&mut self) -> Result<(), Noted> {
+        for index in 0..self.set.len() {
+            let hold = match self.set.take(index) {
+                Hold::Armed(armed) => {
+                    // Where it fails the device stays as it is until the caller has recorded that it will be reset.
+                    let call = Call::SetState(State::RunningP2p);
+                    let started = self
+                        .set
+                        .attempt(index, call, |driver| driver.try_running_p2p(&armed).map(|()| armed));
+                    Hold::Quiesced(started.await?)
+                }
+                // There already: taken up after a crash.
+                hold @ (Hold::Nothing
+                | Hold::Loading(_)
+                | Hold::Loaded(_)
+                | Hold::FixedUp(_)
+                | Hold::Quiesced(_)
+                | Hold::Running
+                | Hold::Failed) => hold,
             };
-            self.step(index, Call::SetState(State::Running), move |driver| driver.enter_running(&armed))?;
-            self.seats[index].runs = true;
+            self.set.hold(index, hold);
         }
+        Ok(())
+    }
+
+    /// Runs the first device, which is the point of no return: the caller hears of it before another runs.
+    async fn run_first(&mut self) -> Result<RestoreEvent, Noted> {
+        self.run(0).await?;
+        Ok(if self.set.len() > 1 { RestoreEvent::AnyRunning } else { RestoreEvent::AllRunning })
+    }
+
+    async fn run_rest(&mut self) -> Result<(), Noted> {
+        for index in 0..self.set.len() {
+            self.run(index).await?;
+        }
+        Ok(())
+    }
+
+    async fn run(&mut self, index: usize) -> Result<(), Noted> {
+        let hold = match self.set.take(index) {
+            Hold::Armed(armed) | Hold::Quiesced(armed) => {
+                // What is held of it while it starts; where it fails it stays where it is, as in `enter_p2p`.
+                self.set.hold(index, Hold::Failed);
+                let call = Call::SetState(State::Running);
+                self.set.attempt(index, call, move |driver| driver.try_running(&armed)).await?;
+                Hold::Running
+            }
+            Hold::Running => Hold::Running,
+            Hold::Nothing | Hold::Loading(_) | Hold::Loaded(_) | Hold::FixedUp(_) | Hold::Failed => {
+                return Err(self.set.fail_device(index, DeviceError::Poisoned));
+            }
+        };
+        self.set.hold(index, hold);
         Ok(())
     }
 
     /// Gives every device up: one that kept its old state goes back to RUNNING with it, every other is reset.
-    fn undo(&mut self) -> RestoreEvent {
-        let reason = match &self.unwound.cause {
-            Some(cause) => cause.to_string(),
-            None => "the operation was given up".to_owned(),
-        };
-        for seat in &mut self.seats {
-            seat.hold = Hold::Nothing;
-            let cause = DeviceError::GivenUp { reason: reason.clone() };
-            let ended = seat.lane.call(Call::Reset, move |driver| driver.abort(cause));
-            self.unwound.device(seat.lane, ended);
+    async fn undo(&mut self) -> RestoreEvent {
+        for index in 0..self.set.len() {
+            self.set.give_up(index, Call::Reset, Driver::abort).await;
         }
-        match (self.unwound.quarantined.is_empty(), self.unwound.outcome) {
+        match (self.set.unwound.quarantined.is_empty(), self.set.unwound.outcome) {
             (false, _) => RestoreEvent::Unrecoverable,
             (true, Outcome::StateLost) => RestoreEvent::AllReset,
             (true, Outcome::Preserved) => RestoreEvent::Recovered,
         }
     }
 
-    /// Only a part of the set runs with the restored state: nothing of it takes work until somebody decides.
-    fn quarantine_set(&mut self) {
-        for seat in &self.seats {
-            let quarantined = seat.lane.call(Call::GetState, Driver::quarantine);
-            let device = seat.lane.identity();
-            if !self.unwound.quarantined.contains(device)
-                && matches!(quarantined, Ok(Standing::Quarantined) | Err(_))
-            {
-                self.unwound.quarantined.push(device.clone());
+    /// Only a part of the set runs with the restored state: nothing of it takes work until somebody decides. The device
+    /// that did not start is reset, as it would be if it were alone.
+    async fn quarantine_set(&mut self) {
+        for index in 0..self.set.len() {
+            if matches!(self.set.all[index].hold, Hold::Failed) {
+                self.set.give_up(index, Call::Reset, Driver::abort).await;
             }
         }
-        self.unwound.outcome = Outcome::StateLost;
-    }
-
-    fn take(&mut self, index: usize) -> Hold {
-        std::mem::replace(&mut self.seats[index].hold, Hold::Nothing)
-    }
-
-    /// A step of the driver; where it fails, the driver has already reset its device or quarantined it.
-    fn step<T: Send + 'static>(
-        &mut self,
-        index: usize,
-        call: Call,
-        work: impl FnOnce(&mut Driver) -> Result<T, Failure> + Send + 'static,
-    ) -> Result<T, Noted> {
-        let lane = self.seats[index].lane;
-        let failed: Result<Failure, Hung> = match lane.call(call, work) {
-            Ok(Ok(value)) => return Ok(value),
-            Ok(Err(failure)) => Ok(failure),
-            Err(hung) => Err(hung),
-        };
-        self.unwound.device(lane, failed);
-        Err(Noted)
-    }
-
-    fn fail_device(&mut self, index: usize, failure: DeviceError) -> Noted {
-        self.unwound.blame(Cause::Device { device: self.seats[index].lane.identity().clone(), failure });
-        Noted
-    }
-
-    fn lost_track(mut self, state: RestoreState, event: Option<RestoreEvent>) -> OperationError {
-        let reason =
-            format!("the restore in {state} has no use for {event:?}; please report this as a defect");
-        self.unwound.blame(Cause::Other(reason.into()));
-        let _ = self.undo();
-        self.unwound.into_error()
+        for index in 0..self.set.len() {
+            let lane = self.set.all[index].lane;
+            let quarantined = lane.start(Call::GetState, Driver::quarantine).finished().await;
+            if matches!(quarantined, Ok(Standing::Quarantined) | Err(_)) {
+                self.set.unwound.quarantine(lane.identity());
+            }
+        }
+        self.set.unwound.outcome = Outcome::StateLost;
     }
 
     fn report(&self) -> RestoreReport {
-        let now = self.seats.first().map_or(self.begun, |seat| seat.lane.executor().now());
         RestoreReport {
             plan: self.plan,
-            seals: self.seats.iter().filter_map(|seat| seat.seal).collect(),
-            took: now.saturating_sub(self.begun),
+            seals: self.sealed.iter().flatten().map(|sealed| sealed.seal.seal()).collect(),
+            took: self.set.elapsed(),
+            unrecorded: self.set.unwound.unrecorded.clone(),
         }
     }
+}
+
+/// Takes in that a chunk was written, or was not.
+fn written_to(
+    set: &mut Seats<'_, Hold>,
+    progress: &mut [DeviceProgress],
+    index: usize,
+    done: Result<(RestoreSession, Result<(), DeviceError>), Hung>,
+) -> Result<(), Noted> {
+    let (session, written) = set.unless_hung(index, done)?;
+    progress[index].bytes = session.written_bytes();
+    set.hold(index, Hold::Loading(session));
+    written.map_err(|error| set.fail_device(index, error))
 }

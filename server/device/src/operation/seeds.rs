@@ -6,12 +6,19 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::io::Write as _;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vfio_checkpoint_fsm::{Capabilities, Outcome, SaveRequest, State};
+use vfio_checkpoint_fsm::{
+    AfterLoad, AfterSave, Capabilities, Cutover, Outcome, RestorePlan, RestoreState, SavePlan, SaveRequest,
+    SaveState, State,
+};
 
-use super::tests::{Memory, Node, RESUME, configs};
-use super::{OperationError, PrecopyPolicy, restore, save};
+use super::tests::answers::{self, HOLD_LIMIT, restore_terms, save_terms};
+use super::tests::crashes::{found, last_restore, last_save, loaded};
+use super::tests::script::{Script, Scripted, What};
+use super::tests::{Memory, Node, READY_LIMIT, RESUME, configs, restore, save};
+use super::{OperationError, PrecopyPolicy, RecordedRestore, RecordedSave, take_up_restore, take_up_save};
 use crate::fault::Fault;
 use crate::sim::SimConfig;
 use crate::{Executor, Inline};
@@ -41,14 +48,18 @@ fn node(configs: &[SimConfig], faults: &[Vec<Fault>]) -> Node {
 
 fn is_quarantined(error: &OperationError, name: &str) -> bool {
     match error {
-        OperationError::Refused(_) | OperationError::NotReady { .. } => false,
+        OperationError::Refused(_)
+        | OperationError::NotReady { .. }
+        | OperationError::Inconsistent { .. } => false,
         OperationError::Failed { quarantined, .. } => quarantined.iter().any(|device| device.name == name),
     }
 }
 
 fn outcome(error: &OperationError) -> Outcome {
     match error {
-        OperationError::Refused(_) | OperationError::NotReady { .. } => Outcome::Preserved,
+        OperationError::Refused(_)
+        | OperationError::NotReady { .. }
+        | OperationError::Inconsistent { .. } => Outcome::Preserved,
         OperationError::Failed { outcome, .. } => *outcome,
     }
 }
@@ -118,6 +129,109 @@ fn restore_run(seed: u64) -> (String, u64) {
     (end, struck(&target))
 }
 
+/// A cancel or a crash at a random place of a save or a restore, on top of the faults; after a crash another process
+/// takes it up. Says how it ended.
+fn interrupted_run(seed: u64) -> (String, u64) {
+    let random = Inline::new(!seed);
+    let what = if random.random().is_multiple_of(2) { What::Cancel } else { What::Crash };
+    let place = usize::try_from(random.random() % 50).expect("a small number");
+    let said = |script: Script| if random.random().is_multiple_of(2) { script.resume() } else { script };
+    let (script, again) = (said(Script::new(what, place).cutover()), said(Script::quiet().cutover()));
+    let (configs, faults) = scenario(seed);
+    let faults: Vec<&[Fault]> = faults.iter().map(Vec::as_slice).collect();
+    let capabilities = vec![configs[0].migration; configs.len()];
+    let on_script =
+        |configs: &[SimConfig]| Node::on(Arc::new(script.clone()), script.inline.time(), configs, &faults);
+    if random.random().is_multiple_of(2) {
+        let cutover = if random.random().is_multiple_of(2) { Cutover::Auto } else { Cutover::Manual };
+        let terms = save_terms(random.random().is_multiple_of(2), cutover, AfterSave::Hold);
+        let source = on_script(&configs);
+        let before = source.digests();
+        let (ended, sink) = answers::save(&script, &source, terms);
+        let struck = struck(&source);
+        let (end, node) = if let Some(end) = ended {
+            (end.map(|_| ()), source)
+        } else {
+            let source = found(&again, source);
+            let plan = SavePlan::for_devices(&capabilities, terms.request).expect("a plan");
+            let last = RecordedSave::from_last(last_save(&script), HOLD_LIMIT);
+            let mut sink =
+                Scripted { script: again.clone(), memory: sink.memory, slots: source.slots.clone() };
+            if matches!(last_save(&script), SaveState::Lost { .. }) {
+                // Which device was quarantined went with the process that died. Its record says: leave the set alone.
+                return ("Crash after the end".to_owned(), struck);
+            }
+            let end = last.map_or(Ok(()), |recorded| {
+                let taken_up = take_up_save(&source.lanes, plan, recorded, &again, &mut sink);
+                again.poll(taken_up).expect("an end").map(|_| ())
+            });
+            (end, source)
+        };
+        assert_eq!(node.digests(), before, "a source never loses its state to its own save");
+        for slot in &node.slots {
+            let quarantined = end.as_ref().is_err_and(|error| is_quarantined(error, &slot.identity().name));
+            assert!(slot.resets() == 0, "a source is never reset by itself");
+            assert!(
+                quarantined || slot.state() == State::Running,
+                "left in {} after {:?}: {end:?}",
+                slot.state(),
+                script.journal()
+            );
+        }
+        return (format!("{what:?} of a save, {}", end.map_or("undone", |()| "done")), struck);
+    }
+
+    let (state, wanted) = {
+        let source = Node::new(&configs, &[]);
+        let mut memory = Memory::new(configs.len());
+        save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut memory).expect("a save without faults");
+        (memory, source.digests())
+    };
+    let blank: Vec<SimConfig> =
+        configs.iter().map(|config| SimConfig { seed: config.seed + 100, ..config.clone() }).collect();
+    let target = on_script(&blank);
+    let before = target.digests();
+    let ended = answers::restore(&script, &target, restore_terms(AfterLoad::Hold), &state);
+    let struck = struck(&target);
+    let over = last_restore(&script);
+    let (end, node) = if let Some(end) = ended {
+        (end.map(|_| ()), target)
+    } else {
+        let target = found(&again, target);
+        let plan = RestorePlan::for_devices(&capabilities, AfterLoad::Hold).expect("a plan");
+        let before_crash = loaded(&state, configs.len() as u64);
+        let end = match RecordedRestore::from_last(over, HOLD_LIMIT, before_crash) {
+            Some(recorded) => {
+                let mut owner = Memory::new(0);
+                let taken_up =
+                    take_up_restore(&target.lanes, plan, recorded, READY_LIMIT, &again, &mut owner);
+                again.poll(taken_up).expect("an end").map(|_| ())
+            }
+            // Quarantined is an end too, and what it says of its devices is with the process that died.
+            None if over == RestoreState::Quarantined => {
+                return ("Crash after the end".to_owned(), struck);
+            }
+            None if over == RestoreState::Completed => Ok(()),
+            None => Err(OperationError::Failed {
+                cause: super::Cause::Interrupted,
+                outcome: Outcome::Preserved,
+                quarantined: Vec::new(),
+                checkpoint: None,
+            }),
+        };
+        (end, target)
+    };
+    for ((slot, before), wanted) in node.slots.iter().zip(before).zip(wanted) {
+        let quarantined = end.as_ref().is_err_and(|error| is_quarantined(error, &slot.identity().name));
+        if !quarantined {
+            assert_eq!(slot.state(), State::Running, "left behind: {end:?}");
+            let expected = if end.is_ok() { wanted } else { before };
+            assert_eq!(slot.digest(), expected, "{over}: {end:?}");
+        }
+    }
+    (format!("{what:?} of a restore, {}", end.map_or("undone", |()| "done")), struck)
+}
+
 fn struck(node: &Node) -> u64 {
     node.struck.iter().map(|struck| struck.load(Ordering::Relaxed)).sum()
 }
@@ -133,11 +247,15 @@ fn whatever_goes_wrong_the_invariants_hold() {
     let (mut drawn, mut struck) = (0, 0);
     for seed in first..first + runs {
         println!("SEED={seed}: {:?}", scenario(seed).1);
-        let run = [save_run(seed), restore_run(seed)];
+        let run = [save_run(seed), restore_run(seed), interrupted_run(seed)];
         if seed % 64 == 0 {
-            assert_eq!([save_run(seed), restore_run(seed)], run, "the same seed gives the same run");
+            assert_eq!(
+                [save_run(seed), restore_run(seed), interrupted_run(seed)],
+                run,
+                "the same seed gives the same run"
+            );
         }
-        drawn += 2 * scenario(seed).1.iter().map(Vec::len).sum::<usize>();
+        drawn += 3 * scenario(seed).1.iter().map(Vec::len).sum::<usize>();
         for (end, strikes) in run {
             struck += strikes;
             *ends.entry(end).or_default() += 1;
@@ -148,7 +266,7 @@ fn whatever_goes_wrong_the_invariants_hold() {
     let _ = writeln!(
         std::io::stdout(),
         "figures: faults: {drawn} drawn and {struck} struck, from {runs} seeds over {} operations: {}",
-        2 * runs,
+        3 * runs,
         ends.join("; ")
     );
 }

@@ -1,133 +1,25 @@
 //! Sets of simulated devices through whole operations, with faults in one of them.
 
+pub(super) mod answers;
+pub(super) mod crashes;
+mod node;
+pub(super) mod script;
+
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use bytes::Bytes;
-use vfio_checkpoint_fsm::{AfterSave, Capabilities, Cutover, Outcome, PlanRefusal, SaveRequest, State};
+use vfio_checkpoint_fsm::{AfterSave, Capabilities, Outcome, PlanRefusal, SaveRequest, State, Validity};
 
-use super::{BoxError, Cause, OperationError, PrecopyPolicy, StateSink, StateSource, restore, save};
+pub(super) use self::node::{Memory, Node, READY_LIMIT, RESUME, configs, restore, save};
+use super::{Arrival, BoxError, Cause, OperationError, PrecopyPolicy, StateSink, StateSource};
 use crate::driver::Step;
-use crate::fault::{Fault, FaultyDevice};
+use crate::fault::Fault;
 use crate::lane::{DEFAULT_CALL_LIMIT, Hung};
-use crate::seal::SealHasher;
 use crate::sim::{SimConfig, SimDevice, SimHandle, Workload};
 use crate::{
-    Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, Inline, MigrationDevice, Rearm, Seal,
-    Threads,
+    Call, ConfigCapture, DeviceError, DeviceLane, Driver, Executor, MigrationDevice, Rearm, Threads,
 };
-
-pub(super) const RESUME: SaveRequest =
-    SaveRequest { pre_copy: true, cutover: Cutover::Auto, after: AfterSave::Resume };
-
-/// One node: a set of simulated devices on lanes of one executor.
-pub(super) struct Node {
-    pub(super) slots: Vec<SimDevice>,
-    pub(super) lanes: Vec<DeviceLane>,
-    /// Faults that struck, a count a device.
-    pub(super) struck: Vec<Arc<AtomicU64>>,
-    /// Duplicates that somebody else holds.
-    others: Vec<SimHandle>,
-}
-
-impl Node {
-    pub(super) fn new(configs: &[SimConfig], faults: &[&[Fault]]) -> Self {
-        let inline = Inline::new(7);
-        let time = inline.time();
-        let executor: Arc<dyn Executor> = Arc::new(inline);
-        let slots: Vec<SimDevice> = configs
-            .iter()
-            .map(|config| SimDevice::new(config.clone(), Arc::clone(&time) as Arc<dyn crate::Clock>).unwrap())
-            .collect();
-        let handles: Vec<SimHandle> = slots.iter().map(|slot| slot.open().unwrap()).collect();
-        let others = handles.iter().map(SimHandle::duplicate).collect();
-        let mut struck = Vec::new();
-        let lanes = handles
-            .into_iter()
-            .enumerate()
-            .map(|(index, handle)| {
-                let faults = faults.get(index).copied().unwrap_or_default();
-                let device = FaultyDevice::new(Box::new(handle), faults, Arc::clone(&time));
-                struck.push(device.struck());
-                let driver = Driver::new(Box::new(device));
-                DeviceLane::new(driver, Arc::clone(&executor), DEFAULT_CALL_LIMIT).unwrap()
-            })
-            .collect();
-        Self { slots, lanes, struck, others }
-    }
-
-    pub(super) fn digests(&self) -> Vec<[u8; 32]> {
-        self.slots.iter().map(SimDevice::digest).collect()
-    }
-
-    fn states(&self) -> Vec<State> {
-        self.lanes.iter().map(|lane| lane.call(Call::GetState, Driver::state).unwrap().unwrap()).collect()
-    }
-}
-
-pub(super) fn configs(count: u64, change: impl Fn(&mut SimConfig)) -> Vec<SimConfig> {
-    (0..count)
-        .map(|index| {
-            let name = format!("sim{index}");
-            let mut config = SimConfig { name, seed: index, memory_bytes: 300_000, ..SimConfig::default() };
-            change(&mut config);
-            config
-        })
-        .collect()
-}
-
-#[derive(Default)]
-pub(super) struct Memory {
-    blobs: Vec<Vec<u8>>,
-    at: Vec<usize>,
-    config: Vec<Option<ConfigCapture>>,
-    fail_after_bytes: Option<usize>,
-}
-
-impl Memory {
-    pub(super) fn new(devices: usize) -> Self {
-        Self { blobs: vec![Vec::new(); devices], at: vec![0; devices], ..Self::default() }
-    }
-}
-
-impl StateSink for Memory {
-    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
-        self.blobs[device].extend_from_slice(&bytes);
-        match self.fail_after_bytes {
-            Some(limit) if self.blobs[device].len() > limit => Err("the disk is full".into()),
-            Some(_) | None => Ok(()),
-        }
-    }
-
-    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
-        config.clone_into(&mut self.config);
-        Ok(())
-    }
-}
-
-impl StateSource for Memory {
-    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
-        let rest = &self.blobs[device][self.at[device]..];
-        let take = rest.len().min(70_000);
-        self.at[device] += take;
-        Ok((take > 0).then(|| Bytes::copy_from_slice(&rest[..take])))
-    }
-
-    fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
-        let mut hasher = SealHasher::new();
-        hasher.update(&self.blobs[device]);
-        Ok(hasher.seal())
-    }
-
-    fn config(&mut self, device: usize) -> Option<ConfigCapture> {
-        self.config[device]
-    }
-
-    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
-        Ok(())
-    }
-}
 
 #[test]
 fn a_set_arrives_on_other_devices() {
@@ -186,7 +78,9 @@ fn failed(error: OperationError) -> (Cause, Outcome, Vec<String>) {
         OperationError::Failed { cause, outcome, quarantined, .. } => {
             (cause, outcome, quarantined.into_iter().map(|device| device.name).collect())
         }
-        other @ (OperationError::Refused(_) | OperationError::NotReady { .. }) => panic!("{other}"),
+        other @ (OperationError::Refused(_)
+        | OperationError::NotReady { .. }
+        | OperationError::Inconsistent { .. }) => panic!("{other}"),
     }
 }
 
@@ -215,7 +109,8 @@ fn when_one_device_of_a_set_fails_to_save_all_run_on() {
 fn when_the_sink_fails_all_run_on_and_nothing_is_lost() {
     let source = Node::new(&configs(2, |_| ()), &[]);
     let before = source.digests();
-    let mut full = Memory { fail_after_bytes: Some(200_000), ..Memory::new(2) };
+    let mut full = Memory::new(2);
+    full.fail_after_bytes = Some(200_000);
     let (cause, outcome, quarantined) =
         failed(save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut full).unwrap_err());
     assert_eq!(cause.to_string(), "the disk is full");
@@ -236,8 +131,7 @@ fn when_one_device_of_a_set_fails_to_restore_none_runs_with_the_state() {
     {
         let faults: &[&[Fault]] = &[&[], &[Fault::Set { target, landing, errno: libc::EIO }]];
         let node = Node::new(&configs(2, |config| config.seed += 100), faults);
-        memory.at = vec![0, 0];
-        let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory).unwrap_err());
+        let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory.again()).unwrap_err());
         assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 0));
         assert_eq!((node.digests(), node.states()), (blank.clone(), vec![State::Running; 2]), "{target}");
     }
@@ -246,8 +140,7 @@ fn when_one_device_of_a_set_fails_to_restore_none_runs_with_the_state() {
     let faults: &[&[Fault]] =
         &[&[], &[Fault::Set { target: State::Running, landing: State::RunningP2p, errno: libc::EIO }]];
     let node = Node::new(&configs(2, |config| config.seed += 100), faults);
-    memory.at = vec![0, 0];
-    let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory).unwrap_err());
+    let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory.again()).unwrap_err());
     assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 2));
 }
 
@@ -368,28 +261,28 @@ fn what_is_reset_behind_the_drivers_back_is_never_called_a_success() {
         at_ready: bool,
     }
     impl StateSink for Meddling {
-        fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
-            StateSink::chunk(&mut self.memory, device, bytes)
+        async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+            self.memory.chunk(device, bytes).await
         }
-        fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
             self.other.reset().unwrap();
-            StateSink::seal(&mut self.memory, config)
+            self.memory.seal(config).await
+        }
+        async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+            self.memory.mark_inconsistent().await
+        }
+        async fn discard(&mut self) -> Result<(), BoxError> {
+            self.memory.discard().await
         }
     }
     impl StateSource for Meddling {
-        fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
+        async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
             if !self.at_ready {
                 self.other.reset().unwrap();
             }
-            StateSource::chunk(&mut self.memory, device)
+            self.memory.next().await
         }
-        fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
-            StateSource::seal(&mut self.memory, device)
-        }
-        fn config(&mut self, device: usize) -> Option<ConfigCapture> {
-            self.memory.config(device)
-        }
-        fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
             self.other.reset().unwrap();
             Ok(())
         }
@@ -400,10 +293,7 @@ fn what_is_reset_behind_the_drivers_back_is_never_called_a_success() {
     save(&good.lanes, RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
     for at_ready in [true, false] {
         let mut target = Node::new(&configs(1, |config| config.seed += 100), &[]);
-        let mut copy = Memory::new(1);
-        copy.blobs.clone_from(&memory.blobs);
-        copy.config.clone_from(&memory.config);
-        let mut meddling = Meddling { memory: copy, other: target.others.remove(0), at_ready };
+        let mut meddling = Meddling { memory: memory.again(), other: target.others.remove(0), at_ready };
         let (_, outcome, _) = failed(restore(&target.lanes, &mut meddling).unwrap_err());
         assert_eq!(outcome, Outcome::StateLost);
         assert_ne!(target.digests(), good.digests());
@@ -413,7 +303,7 @@ fn what_is_reset_behind_the_drivers_back_is_never_called_a_success() {
     let mut meddling = Meddling { memory: Memory::new(1), other: source.others.remove(0), at_ready: true };
     let error = save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut meddling).unwrap_err();
     assert!(
-        matches!(error, OperationError::Failed { sealed: true, .. }),
+        matches!(error, OperationError::Failed { checkpoint: Some(Validity::Consistent), .. }),
         "what was saved is the last copy: {error}"
     );
     let (_, outcome, quarantined) = failed(error);

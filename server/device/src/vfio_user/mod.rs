@@ -23,5 +23,5 @@ pub mod codec;
 pub mod connection;
 pub mod server;
 
-pub use client::{ConnectError, ConnectOptions, VfioUserDevice};
-pub use connection::{DmaTarget, NoMemory, PeerError, Timing};
+pub use client::{ConnectError, ConnectOptions, ConnectionFacts, KeptConnection, VfioUserDevice};
+pub use connection::{DmaTarget, Generation, NoMemory, PeerError, Timing};

@@ -11,17 +11,18 @@ use bytes::Bytes;
 use rustix::event::EventfdFlags;
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
 use vfio_checkpoint_device::operation::{
-    self, BoxError, OperationError, PrecopyPolicy, StateSink, StateSource,
+    self, Alone, Arrival, BoxError, OperationError, PrecopyPolicy, RestoreReport, RestoreTerms, SaveReport,
+    SaveTerms, StateSink, StateSource,
 };
-use vfio_checkpoint_device::seal::{Seal, SealHasher};
+use vfio_checkpoint_device::seal::SealHasher;
 use vfio_checkpoint_device::sim::{SimConfig, SimDma, Workload};
 use vfio_checkpoint_device::vfio_user::server::ServerOptions;
 use vfio_checkpoint_device::vfio_user::{ConnectOptions, VfioUserDevice};
 use vfio_checkpoint_device::{
     Call, ConfigCapture, DeviceError, DeviceLane, DirtyReport, Driver, InterruptKind, IovaRange,
-    MigrationDevice, PciCommand, Rearm, Threads,
+    MigrationDevice, PciCommand, Rearm, Threads, Verifier,
 };
-use vfio_checkpoint_fsm::{AfterSave, Capabilities, Cutover, Outcome, SaveRequest, State};
+use vfio_checkpoint_fsm::{AfterSave, Capabilities, Outcome, State};
 
 use crate::served::{Process, Served, slot, small};
 
@@ -37,7 +38,10 @@ fn lane(device: impl MigrationDevice + 'static) -> DeviceLane {
 #[derive(Default)]
 struct Blobs {
     states: Vec<Vec<u8>>,
-    at: Vec<usize>,
+    /// Which is being read, from where on.
+    reading: usize,
+    at: usize,
+    verifier: Verifier,
     config: Vec<Option<ConfigCapture>>,
     /// Runs once, when this many bytes have passed.
     after: Option<(usize, Box<dyn FnOnce() + Send>)>,
@@ -45,7 +49,7 @@ struct Blobs {
 
 impl Blobs {
     fn new(devices: usize) -> Self {
-        Self { states: vec![Vec::new(); devices], at: vec![0; devices], ..Self::default() }
+        Self { states: vec![Vec::new(); devices], ..Self::default() }
     }
 
     fn passed(&mut self, bytes: usize) {
@@ -56,47 +60,62 @@ impl Blobs {
 }
 
 impl StateSink for Blobs {
-    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+    async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
         self.states[device].extend_from_slice(&bytes);
         let bytes = self.states[device].len();
         self.passed(bytes);
         Ok(())
     }
 
-    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
         config.clone_into(&mut self.config);
         Ok(())
     }
-}
 
-impl StateSource for Blobs {
-    fn chunk(&mut self, device: usize) -> Result<Option<Bytes>, BoxError> {
-        let rest = &self.states[device][self.at[device]..];
-        let take = rest.len().min(70_000);
-        let chunk = (take > 0).then(|| Bytes::copy_from_slice(&rest[..take]));
-        self.at[device] += take;
-        let bytes = self.at[device];
-        self.passed(bytes);
-        Ok(chunk)
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        panic!("nothing is held here")
     }
 
-    fn seal(&mut self, device: usize) -> Result<Seal, BoxError> {
-        let mut hasher = SealHasher::new();
-        hasher.update(&self.states[device]);
-        Ok(hasher.seal())
-    }
-
-    fn config(&mut self, device: usize) -> Option<ConfigCapture> {
-        self.config[device]
-    }
-
-    fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        self.config.clear();
         Ok(())
     }
 }
 
-fn request(pre_copy: bool) -> SaveRequest {
-    SaveRequest { pre_copy, cutover: Cutover::Auto, after: AfterSave::Resume }
+/// Device after device.
+impl StateSource for Blobs {
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        let device = self.reading;
+        let Some(state) = self.states.get(device) else { return Ok(None) };
+        let rest = &state[self.at..];
+        let take = rest.len().min(70_000);
+        if take > 0 {
+            let chunk = self.verifier.accept(Bytes::copy_from_slice(&rest[..take]));
+            self.at += take;
+            let bytes = self.at;
+            self.passed(bytes);
+            return Ok(Some(Arrival::Chunk { device, chunk }));
+        }
+        let mut hasher = SealHasher::new();
+        hasher.update(state);
+        let seal = std::mem::take(&mut self.verifier).finish(&hasher.seal())?;
+        (self.reading, self.at) = (device + 1, 0);
+        Ok(Some(Arrival::Sealed { device, seal, config: self.config[device] }))
+    }
+
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+fn try_save(lanes: &[DeviceLane], pre_copy: bool, blobs: &mut Blobs) -> Result<SaveReport, OperationError> {
+    let terms = SaveTerms::automatic(pre_copy, AfterSave::Resume, policy());
+    pollster::block_on(operation::save(lanes, terms, &Alone, blobs))
+}
+
+fn restore(lanes: &[DeviceLane], blobs: &mut Blobs) -> Result<RestoreReport, OperationError> {
+    let terms = RestoreTerms::run(Duration::from_secs(5));
+    pollster::block_on(operation::restore(lanes, terms, &Alone, blobs))
 }
 
 fn policy() -> PrecopyPolicy {
@@ -105,7 +124,7 @@ fn policy() -> PrecopyPolicy {
 
 fn save(lanes: &[DeviceLane], pre_copy: bool) -> Blobs {
     let mut blobs = Blobs::new(lanes.len());
-    let report = operation::save(lanes, request(pre_copy), policy(), &mut blobs).unwrap();
+    let report = try_save(lanes, pre_copy, &mut blobs).unwrap();
     assert_eq!(report.precopy_bytes > 0, pre_copy);
     blobs
 }
@@ -118,7 +137,7 @@ fn a_device_moves_from_process_to_process() {
     let pristine = save(std::slice::from_ref(&to), false);
     for pre_copy in [false, true] {
         let mut blobs = save(std::slice::from_ref(&from), pre_copy);
-        operation::restore(std::slice::from_ref(&to), &mut blobs).unwrap();
+        restore(std::slice::from_ref(&to), &mut blobs).unwrap();
         assert_eq!(to.call(Call::GetState, Driver::state).unwrap().unwrap(), State::Running);
         // Loaded, it saves as the same bytes. A stop-copy has one form, whatever way the state came.
         let expected = save(std::slice::from_ref(&from), false);
@@ -141,7 +160,7 @@ fn a_restored_device_has_the_digest_of_the_saved_one() {
         let destination = Served::new(SimConfig { seed: 4, ..config }, ServerOptions::default());
         let (from, to) = (lane(connect(&source.path)), lane(connect(&destination.path)));
         let mut blobs = save(std::slice::from_ref(&from), pre_copy);
-        operation::restore(std::slice::from_ref(&to), &mut blobs).unwrap();
+        restore(std::slice::from_ref(&to), &mut blobs).unwrap();
         assert_eq!(destination.slot.digest(), source.slot.digest(), "pre-copy: {pre_copy}");
         assert_eq!(source.slot.digest(), near.digest(), "the source kept its state");
         assert_eq!((source.slot.resets(), destination.slot.resets()), (0, 0));
@@ -158,7 +177,7 @@ fn a_set_of_device_processes_moves_through_the_barrier() {
     };
     let (from, to) = (lanes(&sources), lanes(&destinations));
     let mut blobs = save(&from, true);
-    operation::restore(&to, &mut blobs).unwrap();
+    restore(&to, &mut blobs).unwrap();
     for (source, destination) in sources.iter().zip(&destinations) {
         assert_eq!(source.slot.digest(), destination.slot.digest());
         let through = source.slot.hops().iter().any(|hop| hop.arc.to() == State::PreCopyP2p);
@@ -181,7 +200,7 @@ fn a_connection_lost_in_the_middle_is_state_lost() {
         let handle = source.handle.clone();
         let mut blobs = Blobs::new(1);
         blobs.after = Some((bytes, Box::new(move || handle.stop())));
-        let error = operation::save(std::slice::from_ref(&from), request(false), policy(), &mut blobs);
+        let error = try_save(std::slice::from_ref(&from), false, &mut blobs);
         assert_state_lost(&error.unwrap_err());
         let gone = from.call(Call::GetState, Driver::state).unwrap().unwrap_err();
         assert!(
@@ -204,7 +223,7 @@ fn a_server_process_that_is_killed_is_state_lost_too() {
         100_000,
         Box::new(move || rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap()),
     ));
-    assert_state_lost(&operation::restore(std::slice::from_ref(&to), &mut blobs).unwrap_err());
+    assert_state_lost(&restore(std::slice::from_ref(&to), &mut blobs).unwrap_err());
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use vfio_checkpoint_device::driver::{Peers, SaveMode, SaveRead};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath};
-use vfio_checkpoint_device::operation::{BoxError, Decision, Left, PrecopyPolicy, StateSink, restore, save};
+use vfio_checkpoint_device::operation::{BoxError, Decision, Left, PrecopyPolicy, StateSink};
 use vfio_checkpoint_device::pool::MIN_CHUNK_BYTES;
 use vfio_checkpoint_device::{
     ChunkPool, ConfigCapture, DataSize, DataStream, MigrationDevice, PrecopyInfo, Read,
@@ -16,7 +16,7 @@ use super::{Parameters, blank, programmed};
 use crate::blobs::load;
 use crate::facts::Facts;
 use crate::kmsg::KernelLog;
-use crate::save_restore::{Memory, driver, lane, read_all, request};
+use crate::save_restore::{Memory, driver, lane, read_all, request, restore, save};
 use crate::uart;
 
 /// Header, the byte that ends the records, one port.
@@ -30,16 +30,24 @@ struct Restless<'a> {
 }
 
 impl StateSink for Restless<'_> {
-    fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+    async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
         if let Some(left) = self.writes_left.checked_sub(1) {
             self.writes_left = left;
             uart::scratch(self.device, 0x40 + left);
         }
-        StateSink::chunk(&mut self.memory, device, bytes)
+        self.memory.chunk(device, bytes).await
     }
 
-    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
-        StateSink::seal(&mut self.memory, config)
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        self.memory.seal(config).await
+    }
+
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        self.memory.mark_inconsistent().await
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        self.memory.discard().await
     }
 }
 

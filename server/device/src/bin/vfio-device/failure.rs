@@ -84,6 +84,7 @@ impl From<OperationError> for CommandFailure {
                 let status = if kept { ExitStatus::Failed } else { ExitStatus::StateLost };
                 Self { status, text: error.to_string() }
             }
+            OperationError::Inconsistent { .. } => Self::failed(&error),
         }
     }
 }

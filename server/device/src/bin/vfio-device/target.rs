@@ -1,31 +1,24 @@
 //! From a device's name on the command line to an opened device on its lane.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vfio_checkpoint_device::kernel::discovery::{Blocker, Discovered, PciAddress, SysRoots, find};
-use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath, OpenOptions, facts};
+use vfio_checkpoint_device::address::{Access, AddressBlocker, DeviceAddress, Opened as Open};
+use vfio_checkpoint_device::kernel::discovery::{DeviceName, SysRoots, find};
+use vfio_checkpoint_device::kernel::facts;
 use vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT;
 use vfio_checkpoint_device::sim::{SimConfig, SimDevice};
-use vfio_checkpoint_device::vfio_user::{ConnectOptions, VfioUserDevice};
-use vfio_checkpoint_device::{
-    Clock, DeviceLane, Driver, Fingerprint, Identity, MigrationDevice, Threads, chain,
-};
+use vfio_checkpoint_device::{DeviceLane, Driver, Fingerprint, Identity, Threads, chain};
 
 use crate::args::Common;
 use crate::failure::CommandFailure;
 
-/// A device that was named and not opened yet.
-pub(crate) enum Target {
-    Kernel {
-        name: String,
-        path: Option<KernelPath>,
-    },
-    Sim(SimDevice),
-    /// A device process, by its socket.
-    VfioUser(PathBuf),
-    /// The same once it was asked something: hanging up in between might reset the device.
-    Connected(Box<VfioUserDevice>),
+/// A device that was named.
+pub(crate) struct Target {
+    address: DeviceAddress,
+    access: Option<Access>,
+    /// Opened already, because it was asked something that only an open device tells. A device process that is hung up
+    /// on in between might reset its device.
+    open: Option<Open>,
 }
 
 /// An opened device. The slot of a simulated one comes along: its digest proves a restore.
@@ -36,87 +29,65 @@ pub(crate) struct Opened {
 
 impl Target {
     pub(crate) fn parse(name: &str, common: &Common) -> Result<Self, CommandFailure> {
-        if let Some(path) = name.strip_prefix("vfio-user:") {
-            return Ok(Self::VfioUser(path.into()));
-        }
-        match sim_config_of(name) {
-            Some(config) => {
-                let config = config?;
-                let clock: Arc<dyn Clock> = Arc::new(Threads::new());
-                let device = SimDevice::new(config, clock).map_err(CommandFailure::blocked)?;
-                Ok(Self::Sim(device))
-            }
-            None => Ok(Self::Kernel { name: name.to_owned(), path: common.via.map(Into::into) }),
-        }
+        let address = name.parse().map_err(|error| CommandFailure::blocked(chain(&error)))?;
+        let access = Access { path: common.via.map(Into::into), ..Access::default() };
+        Ok(Self { address, access: Some(access), open: None })
     }
 
-    /// Which device it is, without opening it. A device process is connected to: it alone knows.
+    /// Which device it is. A kernel device is not opened for it; of the others, only they know.
     pub(crate) fn identity(&mut self) -> Result<Identity, CommandFailure> {
-        self.connect()?;
-        match self {
-            Self::Kernel { name, .. } => {
-                let device = check(name)?;
-                facts::identity(&device)
-                    .ok_or_else(|| CommandFailure::blocked(format!("{name} is bound to no driver")))
+        if let DeviceAddress::Kernel(name) = &self.address {
+            let blockers = self.address.blockers(&SysRoots::default());
+            if !blockers.is_empty() {
+                let told: Vec<String> = blockers.iter().map(AddressBlocker::to_string).collect();
+                return Err(CommandFailure::blocked(told.join("\n  ")));
             }
-            Self::Sim(device) => Ok(device.identity().clone()),
-            Self::VfioUser(path) => Ok(connect(path)?.identity().clone()),
-            Self::Connected(device) => Ok(device.identity().clone()),
+            return find(&SysRoots::default(), &name.to_string())
+                .map_err(|error| CommandFailure::blocked(chain(&error)))
+                .map(|device| facts::identity(&device))?
+                .ok_or_else(|| CommandFailure::blocked(format!("{name} is bound to no driver")));
         }
-    }
-
-    /// Connects to a device process, once.
-    fn connect(&mut self) -> Result<(), CommandFailure> {
-        if let Self::VfioUser(path) = self {
-            *self = Self::Connected(connect(path)?);
-        }
-        Ok(())
+        Ok(self.peek()?.device.identity().clone())
     }
 
     /// Whether the device is likely reset when its last holder closes it, as far as its name tells: a PCI function is.
     pub(crate) fn resets_on_last_close(&self) -> bool {
-        match self {
-            Self::Kernel { name, .. } => name.parse::<PciAddress>().is_ok(),
-            Self::Sim(_) => false,
+        match &self.address {
             // Most device processes do, and none says whether it does.
-            Self::VfioUser(_) | Self::Connected(_) => true,
+            DeviceAddress::Kernel(DeviceName::Pci(_)) | DeviceAddress::VfioUser(_) => true,
+            DeviceAddress::Kernel(DeviceName::Mdev(_)) | DeviceAddress::Sim(_) => false,
         }
     }
 
-    /// What must match for state to load, without opening the device. A device process is connected to: it alone
-    /// knows.
+    /// What must match for state to load. A kernel device is not opened for it; of the others, only they know.
     pub(crate) fn fingerprint(&mut self) -> Result<Fingerprint, CommandFailure> {
-        self.connect()?;
-        match self {
-            Self::Kernel { name, .. } => find(&SysRoots::default(), name)
+        if let DeviceAddress::Kernel(name) = &self.address {
+            return find(&SysRoots::default(), &name.to_string())
                 .map(|device| facts::fingerprint(&device))
+                .map_err(|error| CommandFailure::blocked(chain(&error)));
+        }
+        Ok(self.peek()?.device.fingerprint().clone())
+    }
+
+    /// Opens the device, once.
+    fn peek(&mut self) -> Result<&Open, CommandFailure> {
+        let open = self.take()?;
+        Ok(self.open.insert(open))
+    }
+
+    fn take(&mut self) -> Result<Open, CommandFailure> {
+        match self.open.take() {
+            Some(open) => Ok(open),
+            None => self
+                .address
+                .open(self.access.take().unwrap_or_default())
                 .map_err(|error| CommandFailure::blocked(chain(&error))),
-            Self::Sim(device) => {
-                let handle = device.open().map_err(|error| CommandFailure::blocked(chain(&error)))?;
-                Ok(handle.fingerprint().clone())
-            }
-            Self::VfioUser(path) => Ok(connect(path)?.fingerprint().clone()),
-            Self::Connected(device) => Ok(device.fingerprint().clone()),
         }
     }
 
     /// Opens the device, which resets it; refused first where sysfs already shows that it cannot work.
-    pub(crate) fn open(self) -> Result<Opened, CommandFailure> {
-        let (device, sim): (Box<dyn MigrationDevice>, _) = match self {
-            Self::Kernel { name, path } => {
-                check(&name)?;
-                let options = OpenOptions { path, ..OpenOptions::default() };
-                let device = KernelDevice::open(&name, &options)
-                    .map_err(|error| CommandFailure::blocked(chain(&error)))?;
-                (Box::new(device), None)
-            }
-            Self::Sim(device) => {
-                let handle = device.open().map_err(|error| CommandFailure::blocked(chain(&error)))?;
-                (Box::new(handle), Some(device))
-            }
-            Self::VfioUser(path) => (connect(&path)?, None),
-            Self::Connected(device) => (device, None),
-        };
+    pub(crate) fn open(mut self) -> Result<Opened, CommandFailure> {
+        let Open { device, sim, keepsake: _ } = self.take()?;
         let lane = DeviceLane::new(Driver::new(device), Arc::new(Threads::new()), DEFAULT_CALL_LIMIT)
             .map_err(|error| CommandFailure::failed(&error))?;
         Ok(Opened { lane, sim })
@@ -127,16 +98,4 @@ impl Target {
 pub(crate) fn sim_config_of(name: &str) -> Option<Result<SimConfig, CommandFailure>> {
     let settings = SimConfig::spec_in_name(name)?;
     Some(SimConfig::from_spec(settings).map_err(|error| CommandFailure::blocked(chain(&error))))
-}
-
-fn connect(path: &Path) -> Result<Box<VfioUserDevice>, CommandFailure> {
-    let connected = VfioUserDevice::connect(path, ConnectOptions::default());
-    connected.map(Box::new).map_err(|error| CommandFailure::blocked(chain(&error)))
-}
-
-/// Everything that stands in the way, told at once.
-fn check(name: &str) -> Result<Discovered, CommandFailure> {
-    let device = find(&SysRoots::default(), name).map_err(|error| CommandFailure::blocked(chain(&error)))?;
-    let blockers: Vec<String> = device.blockers().iter().map(Blocker::to_string).collect();
-    if blockers.is_empty() { Ok(device) } else { Err(CommandFailure::blocked(blockers.join("\n  "))) }
 }

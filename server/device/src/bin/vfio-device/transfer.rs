@@ -6,17 +6,22 @@ use std::time::Duration;
 use bytes::Bytes;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use vfio_checkpoint_device::operation::{self, BoxError, PrecopyPolicy, StateSink, StateSource};
-use vfio_checkpoint_device::seal::Seal;
+use vfio_checkpoint_device::operation::{
+    self, Alone, Arrival, BoxError, PrecopyPolicy, RestoreTerms, SaveTerms, StateSink, StateSource,
+};
+use vfio_checkpoint_device::seal::{Seal, Verifier};
 use vfio_checkpoint_device::sim::SimDevice;
 use vfio_checkpoint_device::state_file::{Header, StateFile, StateFileError, StateFileWriter};
 use vfio_checkpoint_device::{Call, ConfigCapture, DataSize, Driver, Identity, Rearm, chain};
-use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveRequest};
+use vfio_checkpoint_fsm::AfterSave;
 
 use crate::args::{Output, Restore, Save};
 use crate::failure::CommandFailure;
 use crate::output::{line, print_json};
 use crate::target::Target;
+
+/// Nobody but this process has to be ready, and it is.
+const READY_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a save did.
 #[derive(Serialize)]
@@ -63,17 +68,15 @@ pub(crate) fn save(arguments: &Save) -> Result<(), CommandFailure> {
     let progress = progress("saving", size.ok().and_then(DataSize::bytes));
     let mut sink = FileSink { writer: Some(writer), seal: None, progress, sim: opened.sim, digest: None };
 
-    let request = SaveRequest {
-        pre_copy: arguments.pre_copy,
-        cutover: Cutover::Auto,
-        after: if arguments.leave_stopped { AfterSave::StayStopped } else { AfterSave::Resume },
-    };
+    let after = if arguments.leave_stopped { AfterSave::StayStopped } else { AfterSave::Resume };
     let policy = PrecopyPolicy {
         downtime_limit: arguments.downtime_limit,
         time_budget: arguments.pre_copy_budget,
         stop_over_limit: !arguments.insist,
     };
-    let report = operation::save(std::slice::from_ref(&opened.lane), request, policy, &mut sink)?;
+    let terms = SaveTerms::automatic(arguments.pre_copy, after, policy);
+    let saving = operation::save(std::slice::from_ref(&opened.lane), terms, &Alone, &mut sink);
+    let report = pollster::block_on(saving)?;
     sink.progress.finish_and_clear();
     let Some(seal) = sink.seal else {
         return Err(CommandFailure::blocked("the save ended without a seal; please report this as a defect"));
@@ -139,12 +142,15 @@ pub(crate) fn restore(arguments: &Restore) -> Result<(), CommandFailure> {
     let chunks = file.state().map_err(|error| CommandFailure::failed(&error))?;
     let mut source = FileSource {
         chunks: Box::new(chunks),
+        verifier: Some(Verifier::new()),
         seal,
         config,
         rearm: None,
         progress: progress("restoring", Some(bytes)),
     };
-    let report = operation::restore(std::slice::from_ref(&opened.lane), &mut source)?;
+    let terms = RestoreTerms::run(READY_LIMIT);
+    let restoring = operation::restore(std::slice::from_ref(&opened.lane), terms, &Alone, &mut source);
+    let report = pollster::block_on(restoring)?;
     source.progress.finish_and_clear();
 
     let restored = Restored {
@@ -212,8 +218,9 @@ struct FileSink {
     digest: Option<String>,
 }
 
+/// The program does nothing else meanwhile, so the file is written to in place.
 impl StateSink for FileSink {
-    fn chunk(&mut self, _device: usize, bytes: Bytes) -> Result<(), BoxError> {
+    async fn chunk(&mut self, _device: usize, bytes: Bytes) -> Result<(), BoxError> {
         if let Some(writer) = &mut self.writer {
             writer.write(&bytes)?;
             self.progress.set_position(writer.bytes());
@@ -221,17 +228,29 @@ impl StateSink for FileSink {
         Ok(())
     }
 
-    fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
         self.digest = self.sim.as_ref().map(digest);
         if let Some(writer) = self.writer.take() {
             self.seal = Some(writer.finish(config.first().copied().flatten())?);
         }
         Ok(())
     }
+
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        Err("a state file cannot be marked, and a save to one is not held".into())
+    }
+
+    /// An unfinished file leaves nothing behind.
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        self.writer = None;
+        Ok(())
+    }
 }
 
 struct FileSource<'a> {
-    chunks: Box<dyn Iterator<Item = Result<Bytes, StateFileError>> + 'a>,
+    chunks: Box<dyn Iterator<Item = Result<Bytes, StateFileError>> + Send + 'a>,
+    /// Gone once the end was handed out.
+    verifier: Option<Verifier>,
     seal: Seal,
     config: Option<ConfigCapture>,
     rearm: Option<Rearm>,
@@ -239,25 +258,21 @@ struct FileSource<'a> {
 }
 
 impl StateSource for FileSource<'_> {
-    fn chunk(&mut self, _device: usize) -> Result<Option<Bytes>, BoxError> {
-        let chunk = self.chunks.next().transpose()?;
-        if let Some(chunk) = &chunk {
-            self.progress.inc(chunk.len() as u64);
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        let Some(mut verifier) = self.verifier.take() else { return Ok(None) };
+        if let Some(bytes) = self.chunks.next().transpose()? {
+            self.progress.inc(bytes.len() as u64);
+            let chunk = verifier.accept(bytes);
+            self.verifier = Some(verifier);
+            return Ok(Some(Arrival::Chunk { device: 0, chunk }));
         }
-        Ok(chunk)
-    }
-
-    fn seal(&mut self, _device: usize) -> Result<Seal, BoxError> {
-        Ok(self.seal)
-    }
-
-    fn config(&mut self, _device: usize) -> Option<ConfigCapture> {
-        self.config
+        let seal = verifier.finish(&self.seal)?;
+        Ok(Some(Arrival::Sealed { device: 0, seal, config: self.config }))
     }
 
     /// Nothing uses the device yet: this process maps no memory and waits for no interrupt, so it is ready as it is.
     /// What its next user must arm is reported.
-    fn ready(&mut self, rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+    async fn ready(&mut self, rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
         self.rearm = rearm.first().copied().flatten();
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! A device in another process, as a [`MigrationDevice`].
 //!
 //! ```text
-//!   connect(path) --handshake, probe--> VfioUserDevice
+//!   connect(path) --handshake, probe--> VfioUserDevice <--one exchange-- adopt(kept connection)
 //!                                          | set_state: DEVICE_FEATURE set MIG_DEVICE_STATE
 //!                                          +--> SaveSession     MIG_DATA_READ    \
 //!                                          +--> RestoreSession  MIG_DATA_WRITE   +- one connection, one call at a time
@@ -23,6 +23,7 @@
 
 mod config_space;
 mod dma_log;
+mod keep;
 mod link;
 mod open;
 mod stream;
@@ -35,6 +36,7 @@ use std::time::Duration;
 
 use vfio_checkpoint_fsm::{State, Walk, path as walk};
 
+pub use keep::{ConnectionFacts, KeptConnection};
 pub use open::ConnectError;
 
 use self::config_space::RemoteConfigSpace;
@@ -43,7 +45,7 @@ use self::link::{Link, Shared};
 use self::open::Probed;
 use self::stream::{RestoreSession, SaveSession};
 use super::codec::{
-    Capabilities, Command, FeatureId, FeatureMessage, FeatureOperation, FeaturePayload, Limits,
+    Capabilities, Command, DeviceInfo, FeatureId, FeatureMessage, FeatureOperation, FeaturePayload, Limits,
     MigrationState, NO_DATA_FD,
 };
 use super::connection::{Connection, DmaTarget, NoMemory, Timing};
@@ -64,7 +66,7 @@ pub struct ConnectOptions {
     /// The device's name. `None`: the socket's file name.
     pub name: Option<String>,
     /// How long the handshake and each question of the probe may take. A server that serves another client does not
-    /// answer.
+    /// answer. On taking a connection over, how long the server may take to finish what an earlier owner asked for.
     pub connect_within: Duration,
     /// How long calls may take from then on.
     pub timing: Timing,
@@ -92,6 +94,7 @@ pub struct VfioUserDevice {
     identity: Identity,
     fingerprint: Fingerprint,
     capabilities: DeviceCapabilities,
+    info: DeviceInfo,
     shared: Shared,
     log: Option<RemoteDmaLog>,
     config: Option<RemoteConfigSpace>,
@@ -119,16 +122,22 @@ impl VfioUserDevice {
         let connection = Connection::open(stream, ours, careful, options.dma)
             .map_err(|source| ConnectError::Handshake { name: name.clone(), source })?;
         let shared = Shared::new(connection);
-        let Probed { capabilities, fingerprint } = open::probe(&mut shared.lock(), &name)?;
+        let probed = open::probe(&mut shared.lock(), &name)?;
         shared.lock().connection().set_timing(options.timing);
-        Ok(Self {
+        Ok(Self::of(name, probed, shared))
+    }
+
+    fn of(name: String, probed: Probed, shared: Shared) -> Self {
+        let Probed { info, capabilities, fingerprint } = probed;
+        Self {
             identity: Identity { name, backend: Backend::VfioUser, driver: DRIVER.to_owned() },
             fingerprint,
             capabilities,
+            info,
             log: capabilities.dma_logging.then(|| RemoteDmaLog::new(shared.clone())),
             config: capabilities.config_space.then(|| RemoteConfigSpace::new(shared.clone())),
             shared,
-        })
+        }
     }
 
     /// Whether the connection is lost: every call fails, and what the device did last is not known.

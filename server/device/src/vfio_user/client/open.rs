@@ -72,11 +72,30 @@ pub enum ConnectError {
         #[source]
         source: CapabilitiesError,
     },
+    /// What was kept is no connection to a device process. It was left alone.
+    #[error("what was kept for {name} is no connected stream socket; it was not touched")]
+    NotAConnection {
+        /// The device's name.
+        name: String,
+    },
+    /// A connection that another process had cannot be gone on with.
+    #[error(
+        "the process behind {name} does not go on in step where another owner of its connection was stopped: what its \
+         device did is not known and its state counts as lost; the connection was closed, so that the process resets it"
+    )]
+    StateLost {
+        /// The device's name.
+        name: String,
+        /// How the first exchange failed.
+        #[source]
+        source: DeviceError,
+    },
 }
 
 /// What the process said of its device.
 #[derive(Debug)]
 pub(super) struct Probed {
+    pub(super) info: DeviceInfo,
     pub(super) capabilities: DeviceCapabilities,
     pub(super) fingerprint: Fingerprint,
 }
@@ -111,10 +130,10 @@ pub(super) fn probe(link: &mut Link, name: &str) -> Result<Probed, ConnectError>
         .map_err(|source| ConnectError::Flags { name: name.to_owned(), source })?;
     let optional = optional(link, info, migration).map_err(failed)?;
     let fingerprint = fingerprint(link, info, optional.config_space).map_err(failed)?;
-    Ok(Probed { capabilities: optional, fingerprint })
+    Ok(Probed { info, capabilities: optional, fingerprint })
 }
 
-fn device_info(link: &mut Link) -> Result<DeviceInfo, DeviceError> {
+pub(super) fn device_info(link: &mut Link) -> Result<DeviceInfo, DeviceError> {
     link.ask(Call::Probe, &Command::GetInfo { argsz: DEVICE_INFO_BYTES }, &[], |reply| {
         let Reply::Info(info) = reply else { return Err("it carries no device info") };
         Ok(info)

@@ -44,6 +44,9 @@ pub enum PeerError {
         /// The most that it was told it may send.
         limit: usize,
     },
+    /// More answers to earlier owners of the connection came than those can have waited for.
+    #[error("more replies to earlier owners of the connection came than those can have waited for")]
+    TooManyLeftOver,
     /// A successful reply does not say what was asked, or says something else.
     #[error("the reply to {asked:?} does not answer it: {reason}")]
     NoAnswer {

@@ -12,6 +12,7 @@
 //! # Invariants
 //! - A reply is matched by id *and* command; replies may come in any order.
 //! - No length is allocated for that is not bounded by what was negotiated.
+//! - A connection may be [taken over](Connection::adopt) from an owner that died; ids tell what was asked by whom.
 //! - **A failure in the middle of anything is the end.** Once a byte of a request has gone out, only its whole reply
 //!   tells what the device did. Where that does not come (the peer is gone, is late, or out of step), the connection
 //!   is [broken](ConnectionError::Broken) for good, its socket shut down, and the device's state counts as lost.
@@ -23,6 +24,7 @@
 
 mod dma_target;
 mod error;
+mod ids;
 mod inbox;
 mod socket;
 #[cfg(test)]
@@ -37,7 +39,9 @@ use std::time::{Duration, Instant};
 
 pub use dma_target::{DmaTarget, NoMemory};
 pub use error::{ConnectionError, PeerError};
+pub use ids::Generation;
 
+use self::ids::{Ids, LeftOver};
 use self::inbox::{Inbox, Incoming};
 use self::socket::{MAX_FDS, Received};
 use super::codec::{
@@ -114,7 +118,9 @@ pub struct Connection {
     leaving_since: Option<Instant>,
     /// Why nothing can be written any more, while what the peer said before is still read.
     unwritable: Option<io::Error>,
-    next_id: u16,
+    ids: Ids,
+    /// What answers earlier owners may still come: until the first answer to this one.
+    left_over: Option<LeftOver>,
     /// What was asked and not answered yet.
     asked: BTreeMap<u16, Code>,
     /// What was answered and not waited for yet.
@@ -132,26 +138,13 @@ impl Connection {
     ) -> Result<Self, ConnectionError> {
         let max_fds = usize::try_from(ours.max_msg_fds).unwrap_or(MAX_FDS).min(MAX_FDS);
         let ours = Version::ours(Capabilities { max_msg_fds: max_fds as u64, ..ours });
-        let mut connection = Self {
-            stream,
-            timing,
-            dma,
-            negotiated: Negotiated {
-                minor: ours.minor,
-                limits: Limits::HANDSHAKE,
-                peer_max_msg_fds: 0,
-                migration_pgsize: None,
-            },
-            inbox: Inbox::new(Limits::HANDSHAKE, max_fds),
-            arriving_since: None,
-            outbox: VecDeque::new(),
-            leaving_since: None,
-            unwritable: None,
-            next_id: 0,
-            asked: BTreeMap::new(),
-            answers: BTreeMap::new(),
-            broken: false,
+        let nothing_yet = Negotiated {
+            minor: ours.minor,
+            limits: Limits::HANDSHAKE,
+            peer_max_msg_fds: 0,
+            migration_pgsize: None,
         };
+        let mut connection = Self::new(stream, nothing_yet, max_fds, timing, dma);
         let answer = connection.call(&Command::Version(ours), &[])?;
         let reply = answer.reply().map_err(PeerError::from)?;
         let theirs = if let Reply::Version(theirs) = reply {
@@ -163,6 +156,65 @@ impl Connection {
         connection.negotiated = ours.negotiate(&theirs).map_err(PeerError::from)?;
         connection.inbox.set_limits(connection.negotiated.limits);
         Ok(connection)
+    }
+
+    /// Goes on where another owner of the same socket was stopped, which may have been in the middle of anything: what
+    /// answers it is skipped until the first answer to this one. Nothing is sent or read yet. Whether the server is still
+    /// in step shows in the first call: unless that is answered, the connection is broken.
+    pub fn adopt(
+        stream: UnixStream,
+        negotiated: Negotiated,
+        generation: Generation,
+        max_fds: u64,
+        timing: Timing,
+        dma: Box<dyn DmaTarget>,
+    ) -> Self {
+        let max_fds = usize::try_from(max_fds).unwrap_or(MAX_FDS).min(MAX_FDS);
+        Self {
+            ids: Ids::of(generation),
+            left_over: Some(LeftOver::within(negotiated.limits)),
+            ..Self::new(stream, negotiated, max_fds, timing, dma)
+        }
+    }
+
+    fn new(
+        stream: UnixStream,
+        negotiated: Negotiated,
+        max_fds: usize,
+        timing: Timing,
+        dma: Box<dyn DmaTarget>,
+    ) -> Self {
+        Self {
+            stream,
+            timing,
+            dma,
+            negotiated,
+            inbox: Inbox::new(negotiated.limits, max_fds),
+            arriving_since: None,
+            outbox: VecDeque::new(),
+            leaving_since: None,
+            unwritable: None,
+            ids: Ids::of(Generation::default()),
+            left_over: None,
+            asked: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            broken: false,
+        }
+    }
+
+    /// A duplicate of the socket, close-on-exec: the server is not hung up on while it is open.
+    pub fn duplicate_socket(&self) -> io::Result<OwnedFd> {
+        self.stream.try_clone().map(Into::into)
+    }
+
+    /// Which owner of the socket this is.
+    pub fn generation(&self) -> Generation {
+        self.ids.generation()
+    }
+
+    /// Hangs up, for every holder of the socket: the server resets its device, if it is of the kind that does.
+    pub fn hang_up(&mut self) {
+        self.give_up();
     }
 
     /// Waits differently from now on.
@@ -228,9 +280,8 @@ impl Connection {
 
     fn free_id(&mut self) -> u16 {
         loop {
-            let id = self.next_id;
-            self.next_id = id.wrapping_add(1);
-            // Far fewer than 65536 requests are ever under way: each has a caller that waits.
+            let id = self.ids.next();
+            // Far fewer than 4096 requests are ever under way: each has a caller that waits.
             if !self.asked.contains_key(&id) && !self.answers.contains_key(&id) {
                 return id;
             }
@@ -346,11 +397,17 @@ impl Connection {
                 Ok(())
             }
             Kind::Reply | Kind::ErrorReply { .. } => match self.asked.remove(&id) {
+                None if !self.ids.has(id) && self.left_over.is_some() => {
+                    tracing::debug!(id, ?answered, "skipped what answers an earlier owner of the connection");
+                    self.left_over.as_mut().map_or(Ok(()), |left| left.skip(&message.header))?;
+                    Ok(())
+                }
                 None => Err(PeerError::UnknownReply { id }.into()),
                 Some(asked) if asked != answered => {
                     Err(PeerError::WrongCommand { id, asked, answered }.into())
                 }
                 Some(_) => {
+                    self.left_over = None;
                     self.answers.insert(id, message);
                     Ok(())
                 }
