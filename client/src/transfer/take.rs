@@ -1,0 +1,164 @@
+//! The half that takes state.
+//!
+//! ```text
+//!   next: Ack if one is due -> wait for a frame -> TakerSide -> Accepted
+//!   after the last seal: None -> the caller makes all durable -> complete: Ack{complete}, then the giver ends the stream
+//! ```
+//!
+//! Invariants: a chunk is acknowledged only after its caller came back for the next, so an Ack never speaks of state that
+//! nobody took. Failure paths: [`TransferError`]; after a refused frame everything is refused.
+
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use vfio_checkpoint_proto::frame::Accepted;
+use vfio_checkpoint_proto::stream::{Job, Phase, TakerEvent, TakerSide, Took};
+use vfio_checkpoint_proto::v1::stream_message::Kind;
+use vfio_checkpoint_proto::v1::{StreamAck, StreamMessage};
+
+use super::error::TransferError;
+use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
+
+/// How long a giver may take to end a stream of which it was told that it is complete.
+const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
+
+/// The half that takes state.
+pub struct Taker {
+    incoming: Incoming,
+    outgoing: Option<mpsc::Sender<StreamMessage>>,
+    clock: Clock,
+    side: TakerSide,
+    terms: Terms,
+    due: Option<StreamMessage>,
+}
+
+impl Taker {
+    /// A taker on a link after its handshake. Its lifetime begins now.
+    pub fn new(link: Link, terms: Terms) -> Self {
+        Self {
+            incoming: link.incoming,
+            outgoing: Some(link.outgoing),
+            clock: Clock::start(&terms.limits),
+            side: TakerSide::new(&terms.session(Job::AutoSave)),
+            terms,
+            due: None,
+        }
+    }
+
+    /// This side may say Cutover: this is a save with MANUAL cutover. Only before anything was taken.
+    #[must_use]
+    pub fn with_cutover(mut self) -> Self {
+        self.side = TakerSide::new(&self.terms.session(Job::ManualSave));
+        self
+    }
+
+    /// The next verified piece; `None` only after every seal. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<Accepted>, TransferError> {
+        if let Some(ack) = &self.due {
+            let ack = ack.clone();
+            self.send(ack).await?;
+            self.due = None;
+        }
+        if self.side.phase() == Phase::Taken {
+            return Ok(None);
+        }
+        match self.hear().await? {
+            Some(accepted) => Ok(Some(accepted)),
+            None => Err(self.ended()),
+        }
+    }
+
+    /// Says what was taken, now. While all is made durable it keeps the giver from taking silence for an end. Cancel-safe.
+    pub async fn acknowledge(&mut self) -> Result<(), TransferError> {
+        let ack = StreamAck { next_sequence: self.side.next_sequence(), complete: false };
+        self.send(StreamMessage { kind: Some(Kind::Ack(ack)) }).await?;
+        self.due = None;
+        Ok(())
+    }
+
+    /// Asks the giver to stop the devices: only of a save with MANUAL cutover. Cancel-safe.
+    pub async fn cutover(&mut self) -> Result<(), TransferError> {
+        let cutover = self.side.cutover().map_err(TransferError::Protocol)?;
+        self.send(cutover).await
+    }
+
+    /// Says that all state of all devices is verified and durable, and waits a little for the giver to end the stream.
+    /// All is here, so a giver that is just gone, or silent, takes nothing back; one that aborts does. Whether it has heard
+    /// this, its operation tells. Not cancel-safe.
+    pub async fn complete(&mut self) -> Result<(), TransferError> {
+        let complete = self.side.complete().map_err(TransferError::Protocol)?;
+        self.send(complete).await?;
+        self.outgoing = None;
+        let ending = async {
+            // The giver may have said how far it is before it heard this. Of state nothing can come any more.
+            while self.hear().await?.is_some() {}
+            Ok(())
+        };
+        match tokio::time::timeout(GOODBYE, ending).await {
+            Ok(
+                Ok(()) | Err(TransferError::Broken(_) | TransferError::Idle(_) | TransferError::Lifetime(_)),
+            )
+            | Err(_) => Ok(()),
+            Ok(Err(
+                error @ (TransferError::AbortedByPeer(_)
+                | TransferError::Protocol(_)
+                | TransferError::Changed { .. }),
+            )) => Err(error),
+        }
+    }
+
+    /// Gives the stream up and tells the giver why, in at most 1024 bytes.
+    pub async fn abort(mut self, reason: &str) {
+        let abort = self.side.abort(reason);
+        link::abort(self.outgoing.take(), &mut self.incoming, abort).await;
+    }
+
+    async fn send(&mut self, message: StreamMessage) -> Result<(), TransferError> {
+        let Some(outgoing) = &self.outgoing else {
+            return Err(TransferError::Broken(LinkError::ended("the stream was complete before")));
+        };
+        if let Ok(room) = self.clock.wait(outgoing.reserve()).await? {
+            room.send(message);
+            return Ok(());
+        }
+        // Whoever carried messages away has stopped; why is about to come in.
+        while self.hear().await?.is_some() {}
+        Err(TransferError::Broken(LinkError::ended("the giver ended it")))
+    }
+
+    /// The next verified frame; `None` when the giver has ended the stream.
+    async fn hear(&mut self) -> Result<Option<Accepted>, TransferError> {
+        loop {
+            let Some(heard) = self.clock.wait(self.incoming.next()).await? else { return Ok(None) };
+            let message = heard.map_err(TransferError::Broken)?;
+            let Took { event, reply } = self.side.receive(message).map_err(TransferError::Protocol)?;
+            // A later ack says all that an earlier one did.
+            self.due = reply.or(self.due.take());
+            match event {
+                TakerEvent::Frame(accepted) => return Ok(Some(accepted)),
+                TakerEvent::Aborted { reason } => return Err(TransferError::AbortedByPeer(reason)),
+                TakerEvent::Ignored => {}
+            }
+        }
+    }
+
+    /// The giver has ended the stream and there are seals missing: which ones is worth knowing.
+    fn ended(&self) -> TransferError {
+        let detail = self.side.closed().err().map_or_else(
+            || "the giver ended it".to_owned(),
+            |error| match std::error::Error::source(&error) {
+                Some(source) => source.to_string(),
+                None => error.to_string(),
+            },
+        );
+        TransferError::Broken(LinkError::ended(detail))
+    }
+}
+
+impl std::fmt::Debug for Taker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Taker")
+            .field("phase", &self.side.phase())
+            .field("taken", &self.side.next_sequence())
+            .finish_non_exhaustive()
+    }
+}
