@@ -1,0 +1,177 @@
+//! How an agent begins: journal, holder, devices, operations that were under way; in this order.
+//!
+//! ```text
+//!   Journal::load --> slots, entries
+//!   holder --> adopt what was kept, open (and so reset) the rest
+//!   unfinished operations --> taken up
+//!   devices that no operation claims --> back to RUNNING with their state, unless left stopped on request
+//! ```
+//! Nothing is served before all of it is done: whoever calls an agent finds every device in a state that has a name.
+//!
+//! # Failure paths
+//! A journal or a holder that cannot be used ends the agent before a device is touched. A device that cannot be opened
+//! does not: it is UNAVAILABLE, and tried again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+use tokio::sync::watch;
+use vfio_checkpoint_device::address::{AddressError, DeviceAddress};
+use vfio_checkpoint_device::chain;
+use vfio_checkpoint_proto::ids::{DeviceName, IdError};
+
+use crate::config::AgentConfig;
+use crate::core::Core;
+use crate::environment::Environment;
+use crate::failpoint::reached;
+use crate::journal::{DeviceRecord, Journal, JournalError};
+use crate::operation::{Entry, Operations, Unfinished};
+use crate::registry::keeper::{Keeper, KeeperError};
+use crate::registry::opening::{Arrived, Opener, bring_back_unclaimed, retry_unavailable};
+use crate::registry::{Registry, Slot};
+
+/// Why an agent cannot begin. No device was touched.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BootError {
+    /// The journal.
+    #[error("the agent cannot begin")]
+    Journal(#[from] JournalError),
+    /// The holder.
+    #[error(
+        "the agent cannot begin without its holder, which may be keeping devices that opening would reset"
+    )]
+    Keeper(#[from] KeeperError),
+    /// A device's name.
+    #[error("the device name `{name}` in the configuration")]
+    Name {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: IdError,
+    },
+    /// A device's address.
+    #[error("the address `{address}` in the configuration")]
+    Address {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        #[source]
+        source: AddressError,
+    },
+}
+
+/// Brings an agent up to where it can be served. What it does in the background ends with the runtime.
+pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<Arc<Core>, BootError> {
+    let (journal, recorded) = {
+        let (folder, executor) = (config.node.state_dir.clone(), Arc::clone(&environment.executor));
+        let opened = environment.blocking("journal-open", move || {
+            let journal = Journal::open(&folder, &*executor)?;
+            let recorded = journal.load()?;
+            Ok::<_, JournalError>((journal, recorded))
+        });
+        opened.await.map_err(JournalError::Lane)??
+    };
+    reached(format_args!("boot: journal read"));
+    let keeper = if let Some(socket) = &config.holder.socket {
+        Some(Keeper::connect(&environment, socket.clone()).await?)
+    } else {
+        tracing::warn!("no holder.socket is configured: every device is reset when this agent ends");
+        None
+    };
+    if let Some(keeper) = &keeper {
+        for name in keeper.held().await? {
+            if !config.devices.iter().any(|device| device.name == name) {
+                tracing::error!(
+                    device = %name,
+                    "the holder keeps it, and it is not configured: it stays as it is, and nobody else can open it, until \
+                     it is configured by this name again or the holder ends, which resets it"
+                );
+            }
+        }
+    }
+    reached(format_args!("boot: holder found"));
+    let revision = Arc::new(watch::Sender::new(0));
+    let mut slots = Vec::with_capacity(config.devices.len());
+    for device in &config.devices {
+        let name = DeviceName::from_id(&device.name)
+            .map_err(|source| BootError::Name { name: device.name.clone(), source })?;
+        let address: DeviceAddress = device
+            .address
+            .parse()
+            .map_err(|source| BootError::Address { address: device.address.clone(), source })?;
+        let (pod, environment) = (device.owner_pod.clone(), environment.clone());
+        slots.push(Slot::new(name, address, pod, environment, Arc::clone(&revision)).by(device.path));
+    }
+
+    let mut unfinished = Vec::new();
+    let mut entries = Vec::with_capacity(recorded.operations.len());
+    for record in recorded.operations {
+        let step = record.step.clone();
+        let entry = Arc::new(Entry::recorded(record));
+        entries.push(Arc::clone(&entry));
+        if !step.is_ended() {
+            unfinished.push(Unfinished { entry, step });
+        }
+    }
+    let operations = Operations::new(entries, recorded.requests);
+    let registry = Registry::new(slots, revision);
+    let core =
+        Arc::new(Core::new(config, environment, journal.clone(), registry, operations, keeper.clone()));
+    let opener = Opener {
+        environment: core.environment.clone(),
+        journal,
+        keeper: keeper.clone(),
+        call_limit: core.config.limits.device_call_timeout,
+    };
+
+    let before: BTreeMap<DeviceName, DeviceRecord> = recorded.devices.into_iter().collect();
+    for slot in core.registry.all() {
+        // Also of a device that does not come in: what is known of it stays known.
+        if let Some(record) = before.get(slot.name()) {
+            slot.set_record(record.clone());
+        }
+    }
+    let arriving = core.registry.all().map(|slot| {
+        let (opener, before) = (&opener, before.get(slot.name()).cloned());
+        async move { (slot.name().clone(), opener.bring_in(slot, before).await) }
+    });
+    let arrived: BTreeMap<DeviceName, Arrived> = join_all(arriving).await.into_iter().collect();
+    reached(format_args!("boot: devices in"));
+
+    join_all(unfinished.into_iter().map(|unfinished| {
+        let how = |name| arrived.get(name).copied().unwrap_or(Arrived::Not);
+        let arrived: Vec<Arrived> = unfinished.entry.device_names().map(how).collect();
+        let core = &core;
+        async move { core.take_up(unfinished, &arrived).await }
+    }))
+    .await;
+    reached(format_args!("boot: operations taken up"));
+    join_all(core.registry.all().map(|slot| bring_back_unclaimed(&core, slot))).await;
+    reached(format_args!("boot: done"));
+
+    tokio::spawn(retry_unavailable(Arc::clone(&core), opener, before));
+    tokio::spawn(forget_finished(Arc::clone(&core)));
+    if let Some(keeper) = keeper {
+        tokio::spawn(keeper.look_after(core.environment.clone()));
+    }
+    Ok(core)
+}
+
+/// Forgets what ended long ago, for as long as the agent lives.
+async fn forget_finished(core: Arc<Core>) {
+    const EVERY: std::time::Duration = std::time::Duration::from_mins(10);
+    loop {
+        let limits = &core.config.limits;
+        let now = core.environment.unix_now();
+        let changes = core.operations.forget(now, limits.keep_finished, limits.keep_finished_count);
+        if !changes.is_empty()
+            && let Err(error) = core.journal.commit(changes).await
+        {
+            tracing::error!(error = %chain(&error), "finished operations cannot be forgotten in the journal");
+        }
+        core.environment.sleep(EVERY).await;
+    }
+}

@@ -1,0 +1,319 @@
+//! The agent's configuration: one typed value out of a file, the environment and flags.
+//!
+//! ```text
+//!   defaults < TOML file < VFIO_CHECKPOINTD_* < flags  --figment-->  AgentConfig  --validate-->  in force
+//! ```
+//! Unknown keys are refused wherever they come from, and so is a value out of range: an agent that was configured by a
+//! typing mistake owns devices by mistake. All mistakes that can be told together are told together.
+//!
+//! In the environment `__` parts the sections: `VFIO_CHECKPOINTD_SERVER__LISTEN=0.0.0.0:7443`. Lists of tables
+//! (`devices`, `grants`) come from the file only.
+
+mod duration;
+mod validate;
+
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use figment::Figment;
+use figment::providers::{Env, Format, Serialized, Toml};
+use serde::{Deserialize, Serialize};
+use vfio_checkpoint_device::kernel::KernelPath;
+
+pub use validate::Mistake;
+
+use crate::security::roles::Grant;
+
+/// What the agent is told.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentConfig {
+    /// Who the agent is, and where it keeps what must outlive it.
+    pub node: NodeConfig,
+    /// Where it listens, and what it takes from peers.
+    pub server: ServerConfig,
+    /// Its certificates.
+    pub tls: TlsConfig,
+    /// Who may do what. Nobody may do anything without a grant.
+    pub grants: Vec<Grant>,
+    /// The process that keeps the devices open while the agent restarts.
+    pub holder: HolderConfig,
+    /// The devices that are the agent's own. Opening a device resets it and takes it from everybody else, so no other is
+    /// ever opened.
+    pub devices: Vec<DeviceConfig>,
+    /// What operations take where their caller does not say.
+    pub defaults: OperationDefaults,
+    /// What no caller can exceed.
+    pub limits: OperationLimits,
+    /// Logs.
+    pub telemetry: TelemetryConfig,
+}
+
+/// Who the agent is, and where it keeps what must outlive it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NodeConfig {
+    /// The node's name, as the span of each operation says it. Empty where it does not matter.
+    pub name: String,
+    /// Folder of the journal. It is made with mode 0700 where it is not there; one agent uses it at a time.
+    pub state_dir: PathBuf,
+}
+
+/// Where the agent listens, and what it takes from peers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServerConfig {
+    /// Address of the gRPC service, with TLS.
+    pub listen: SocketAddr,
+    /// Address of a plain-text listener that answers `grpc.health.v1.Health` and nothing else, for probes that have no
+    /// certificate. None where it is not set.
+    pub health_listen: Option<SocketAddr>,
+    /// Connections at a time, 1 to 65536.
+    pub max_connections: usize,
+    /// Streams and calls of one connection at a time, 1 to 4096.
+    pub max_concurrent_streams: u32,
+    /// Bytes of the headers of one call, 1024 to 1048576.
+    pub max_header_bytes: u32,
+    /// A TLS handshake takes at most this long.
+    #[serde(with = "duration")]
+    pub handshake_timeout: Duration,
+    /// How often an idle connection is asked whether it is still there.
+    #[serde(with = "duration")]
+    pub keepalive_interval: Duration,
+    /// How long it may take to answer.
+    #[serde(with = "duration")]
+    pub keepalive_timeout: Duration,
+    /// A stream of state that carries nothing for this long is ended.
+    #[serde(with = "duration")]
+    pub stream_idle_timeout: Duration,
+    /// No stream of state lasts longer. At most 7 days.
+    #[serde(with = "duration")]
+    pub stream_lifetime: Duration,
+    /// On SIGTERM: how long running operations have to be undone.
+    #[serde(with = "duration")]
+    pub shutdown_grace: Duration,
+}
+
+/// The agent's certificates. PEM files; they are read again when they change.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TlsConfig {
+    /// The agent's certificate chain, its own first.
+    pub certificate: PathBuf,
+    /// The private key.
+    pub key: PathBuf,
+    /// The authorities whose clients are let in.
+    pub client_ca: PathBuf,
+    /// Lists of revoked certificates.
+    pub crls: Vec<PathBuf>,
+    /// How often the files are looked at. 30 s where it is not set.
+    #[serde(with = "duration::option")]
+    pub reload_interval: Option<Duration>,
+}
+
+/// The process that keeps the devices open while the agent restarts.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HolderConfig {
+    /// The socket of `vfio-checkpointd hold`. Without it every device is reset when the agent ends, whatever the
+    /// reason.
+    pub socket: Option<PathBuf>,
+}
+
+/// One device of the agent's own.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// What it is called: `devices/NAME`. 1 to 63 of `a-z 0-9 - . _ :`.
+    pub name: String,
+    /// Where it is: a PCI address, an mdev's UUID, `vfio-user:PATH`, or `sim:…`.
+    pub address: String,
+    /// Which way to a kernel device: `container` or `iommufd`. Where it is not set: `iommufd` if the kernel has it for
+    /// this device, else `container`.
+    #[serde(default)]
+    pub path: Option<KernelPath>,
+    /// The pod that uses it, `namespace/name`, for people.
+    #[serde(default)]
+    pub owner_pod: String,
+}
+
+/// What operations take where their caller does not say.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OperationDefaults {
+    /// Devices should stand still no longer than this.
+    #[serde(with = "duration")]
+    pub downtime_limit: Duration,
+    /// Pre-copy takes at most this long.
+    #[serde(with = "duration")]
+    pub pre_copy_budget: Duration,
+    /// How long to wait for a manual cutover.
+    #[serde(with = "duration")]
+    pub cutover_timeout: Duration,
+    /// How long a hold lasts.
+    #[serde(with = "duration")]
+    pub hold_timeout: Duration,
+    /// How long an admitted operation waits for its stream.
+    #[serde(with = "duration")]
+    pub stream_open_timeout: Duration,
+    /// What downtimes are predicted by before anything was measured, in bytes a second.
+    pub rate_bytes_per_second: u64,
+}
+
+/// What no caller can exceed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OperationLimits {
+    /// Operations that are not done, at a time. 1 to 4096.
+    pub max_operations: usize,
+    /// State of one device, in bytes.
+    pub max_device_bytes: u64,
+    /// Chunks on the wire, in bytes. 65536 to 2097152.
+    pub max_chunk_bytes: u32,
+    /// A device call that takes longer puts its device out of service.
+    #[serde(with = "duration")]
+    pub device_call_timeout: Duration,
+    /// The longest hold, wait for a cutover or wait for a stream that a caller can ask for.
+    #[serde(with = "duration")]
+    pub max_wait: Duration,
+    /// How long finished operations, and the request ids that started them, are kept.
+    #[serde(with = "duration")]
+    pub keep_finished: Duration,
+    /// How many of them are kept at most.
+    pub keep_finished_count: usize,
+}
+
+/// Logs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryConfig {
+    /// What is logged, as in `RUST_LOG`: `info`, `vfio_checkpoint_server=debug,info`.
+    pub log: String,
+    /// How.
+    pub format: LogFormat,
+}
+
+/// How logs are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for NodeConfig {
+    fn default() -> Self {
+        Self { name: String::new(), state_dir: PathBuf::from("/var/lib/vfio-checkpoint") }
+    }
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 7443)),
+            health_listen: None,
+            max_connections: 256,
+            max_concurrent_streams: 128,
+            max_header_bytes: 16 << 10,
+            handshake_timeout: Duration::from_secs(10),
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(10),
+            stream_idle_timeout: Duration::from_mins(1),
+            stream_lifetime: Duration::from_hours(6),
+            shutdown_grace: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for OperationDefaults {
+    fn default() -> Self {
+        Self {
+            downtime_limit: Duration::from_millis(300),
+            pre_copy_budget: Duration::from_mins(1),
+            cutover_timeout: Duration::from_mins(5),
+            hold_timeout: Duration::from_mins(5),
+            stream_open_timeout: Duration::from_secs(30),
+            rate_bytes_per_second: 1 << 30,
+        }
+    }
+}
+
+impl Default for OperationLimits {
+    fn default() -> Self {
+        Self {
+            max_operations: 256,
+            max_device_bytes: 256 << 30,
+            max_chunk_bytes: 1 << 20,
+            device_call_timeout: vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT,
+            max_wait: Duration::from_hours(24),
+            keep_finished: Duration::from_hours(24 * 7),
+            keep_finished_count: 10_000,
+        }
+    }
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> Self {
+        Self { log: "info".to_owned(), format: LogFormat::Text }
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file is not there or cannot be read.
+    #[error("the configuration file {} cannot be read", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A key is unknown, or a value is not of its kind.
+    #[error("{0}")]
+    Malformed(#[source] Box<figment::Error>),
+    /// Values that cannot be.
+    #[error("{}", list(.0))]
+    Mistakes(Vec<Mistake>),
+}
+
+fn list(mistakes: &[Mistake]) -> String {
+    mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// What the environment's names begin with.
+pub const ENVIRONMENT: &str = "VFIO_CHECKPOINTD_";
+
+impl AgentConfig {
+    /// The configuration out of a file, the environment and `flags`, the later the stronger.
+    pub fn load(file: Option<&Path>, flags: impl Serialize) -> Result<Self, ConfigError> {
+        let mut figment = Figment::new();
+        if let Some(path) = file {
+            let text = std::fs::read_to_string(path)
+                .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+            figment = figment.merge(Toml::string(&text));
+        }
+        // The flags' own environment variables are clap's.
+        let config: Self = figment
+            .merge(Env::prefixed(ENVIRONMENT).ignore(&["config"]).split("__"))
+            .merge(Serialized::defaults(flags))
+            .extract()
+            .map_err(|error| ConfigError::Malformed(Box::new(error)))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Finds every value that cannot be.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let mistakes = validate::mistakes(self);
+        if mistakes.is_empty() { Ok(()) } else { Err(ConfigError::Mistakes(mistakes)) }
+    }
+}

@@ -1,0 +1,354 @@
+//! What the agent must still know after it was killed.
+//!
+//! ```text
+//!   operation task --commit(changes)--> journal's own lane --one transaction, synced--> redb file
+//!   start of the agent <-------------------- load() ------------------------------------/
+//! ```
+//! One file, one writer. A commit is durable when its future is ready, and all of its changes are there or none: a
+//! request id and the operation that it stands for, for one, can never be apart.
+//!
+//! # Invariants
+//! - What is announced by a commit is done only after the commit returned.
+//! - Nothing that the journal does not understand is thrown away: the agent refuses to start instead.
+//!
+//! # Failure paths
+//! A commit that fails (no space, an I/O error) fails the step that it announces, so nothing is done that is not
+//! recorded. The file is locked by redb; a second agent on the same folder refuses to start.
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+use vfio_checkpoint_device::{Executor, Lane};
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
+
+use crate::environment::UnixMillis;
+use crate::failpoint::reached;
+use crate::operation::record::OperationRecord;
+
+/// Version of what is in the file. A file of another version is refused.
+const FORMAT: u64 = 1;
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const OPERATIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("operations");
+const REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("requests");
+const DEVICES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("devices");
+
+/// The journal. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    path: PathBuf,
+    database: Arc<Database>,
+    lane: Box<dyn Lane>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Journal").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// What is written in one commit.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// An operation as it is now.
+    Operation(Box<OperationRecord>),
+    /// A finished operation that nobody asks for any more.
+    ForgetOperation(OperationName),
+    /// What a request id stands for.
+    Request(RequestKey, RequestRecord),
+    /// A request id that may be used anew.
+    ForgetRequest(RequestKey),
+    /// What lives in a device.
+    Device(DeviceName, DeviceRecord),
+}
+
+/// What a commit announces, in a word: the step of the operation that it is about, where it is about one.
+struct Announced<'a>(&'a [Change]);
+
+impl fmt::Display for Announced<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let step = self.0.iter().find_map(|change| match change {
+            Change::Operation(record) => Some(record.step.name()),
+            Change::ForgetOperation(_)
+            | Change::Request(..)
+            | Change::ForgetRequest(_)
+            | Change::Device(..) => None,
+        });
+        write!(f, "commit of {}", step.unwrap_or("devices"))
+    }
+}
+
+/// A request id, which is its caller's own.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct RequestKey {
+    /// The identity that used it.
+    pub caller: String,
+    /// The id.
+    pub request_id: String,
+}
+
+impl RequestKey {
+    /// As the journal's key. No identity holds a line break, so no two keys are the same.
+    fn text(&self) -> String {
+        format!("{}\n{}", self.caller, self.request_id)
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (caller, request_id) = text.split_once('\n')?;
+        Some(Self { caller: caller.to_owned(), request_id: request_id.to_owned() })
+    }
+}
+
+/// What a request id stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RequestRecord {
+    /// Digest of the request without the id, as 64 hexadecimal digits.
+    pub digest: String,
+    /// When it came.
+    pub at: UnixMillis,
+    /// What it brought.
+    pub answer: RequestAnswer,
+}
+
+/// What a request brought.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RequestAnswer {
+    /// An operation.
+    Operation(OperationName),
+    /// A device was reset.
+    Reset {
+        /// Whether its state is gone. None while the reset was under way: the agent ended before it was known.
+        state_lost: Option<bool>,
+    },
+}
+
+/// What lives in a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRecord {
+    /// The logical device.
+    pub logical: LogicalDeviceId,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// What its state moved at, the last time that was measured.
+    pub rate_bytes_per_second: Option<u64>,
+    /// It waits for somebody to decide.
+    pub quarantined: bool,
+    /// It was left stopped on request.
+    pub left_stopped: bool,
+}
+
+/// All that the journal holds.
+#[derive(Debug, Default)]
+pub struct Recorded {
+    /// By name, the oldest first.
+    pub operations: Vec<OperationRecord>,
+    /// By caller and id.
+    pub requests: Vec<(RequestKey, RequestRecord)>,
+    /// By name.
+    pub devices: Vec<(DeviceName, DeviceRecord)>,
+}
+
+/// Why the journal cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JournalError {
+    /// The folder cannot be made or used.
+    #[error("the journal's folder {} cannot be used", path.display())]
+    Folder {
+        /// Which folder.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Another agent has it open, or it is damaged.
+    #[error("the journal {} cannot be opened; is another agent running with the same node.state_dir?", path.display())]
+    Open {
+        /// Which file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: redb::DatabaseError,
+    },
+    /// It was written by a later version.
+    #[error("the journal {} has format {found} and this agent knows format {FORMAT}; run the agent that wrote it", path.display())]
+    Format {
+        /// Which file.
+        path: PathBuf,
+        /// What it has.
+        found: u64,
+    },
+    /// A record cannot be understood. Nothing was changed.
+    #[error("the record `{key}` in table {table} of the journal cannot be understood")]
+    Record {
+        /// In which table.
+        table: &'static str,
+        /// Which one.
+        key: String,
+        /// Why not.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Reading or writing failed.
+    #[error("the journal cannot be read or written")]
+    Storage(#[source] Box<redb::Error>),
+    /// Its thread cannot be started.
+    #[error("the journal's thread cannot be started")]
+    Lane(#[source] io::Error),
+    /// Its thread died.
+    #[error("the journal's thread died, which is a defect to report; restart the agent")]
+    Died,
+}
+
+impl JournalError {
+    fn storage(error: impl Into<redb::Error>) -> Self {
+        Self::Storage(Box::new(error.into()))
+    }
+}
+
+impl Journal {
+    /// Opens the journal in `folder`, and makes both where they are not there. Blocks.
+    pub fn open(folder: &Path, executor: &dyn Executor) -> Result<Self, JournalError> {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
+            .map_err(|source| JournalError::Folder { path: folder.to_owned(), source })?;
+        let path = folder.join("journal.redb");
+        let database =
+            Database::create(&path).map_err(|source| JournalError::Open { path: path.clone(), source })?;
+        let lane = executor.lane("journal").map_err(JournalError::Lane)?;
+        let journal = Self { shared: Arc::new(Shared { path, database: Arc::new(database), lane }) };
+        journal.prepare()?;
+        Ok(journal)
+    }
+
+    /// Makes the tables, and checks the format of a file that was there.
+    fn prepare(&self) -> Result<(), JournalError> {
+        let transaction = self.shared.database.begin_write().map_err(JournalError::storage)?;
+        {
+            let mut meta = transaction.open_table(META).map_err(JournalError::storage)?;
+            let found = meta.get("format").map_err(JournalError::storage)?.map(|format| format.value());
+            match found {
+                None => {
+                    meta.insert("format", FORMAT).map_err(JournalError::storage)?;
+                }
+                Some(FORMAT) => {}
+                Some(found) => return Err(JournalError::Format { path: self.shared.path.clone(), found }),
+            }
+            transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
+            transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
+            transaction.open_table(DEVICES).map_err(JournalError::storage)?;
+        }
+        transaction.commit().map_err(JournalError::storage)
+    }
+
+    /// Reads everything. Blocks.
+    pub fn load(&self) -> Result<Recorded, JournalError> {
+        let transaction = self.shared.database.begin_read().map_err(JournalError::storage)?;
+        let operations = rows::<OperationRecord>(&transaction, OPERATIONS, "operations")?;
+        let requests = rows::<RequestRecord>(&transaction, REQUESTS, "requests")?;
+        let devices = rows::<DeviceRecord>(&transaction, DEVICES, "devices")?;
+        Ok(Recorded {
+            operations: operations.into_iter().map(|(_, record)| record).collect(),
+            requests: requests
+                .into_iter()
+                .filter_map(|(key, record)| Some((RequestKey::parse(&key)?, record)))
+                .collect(),
+            devices: devices
+                .into_iter()
+                .filter_map(|(key, record)| Some((key.parse().ok()?, record)))
+                .collect(),
+        })
+    }
+
+    /// Writes `changes`, all or none; they are durable when this returns.
+    ///
+    /// Where the future is dropped the commit goes on.
+    pub async fn commit(&self, changes: Vec<Change>) -> Result<(), JournalError> {
+        let (answer, answered) = oneshot::channel();
+        let database = Arc::clone(&self.shared.database);
+        self.shared.lane.submit(Box::new(move || {
+            reached(format_args!("before {}", Announced(&changes)));
+            let written = write(&database, &changes);
+            reached(format_args!("after {}", Announced(&changes)));
+            // Nobody waits where the operation was dropped.
+            let _ = answer.send(written);
+        }));
+        answered.await.unwrap_or(Err(JournalError::Died))
+    }
+}
+
+fn rows<T: DeserializeOwned>(
+    transaction: &redb::ReadTransaction,
+    table: TableDefinition<'_, &str, &[u8]>,
+    name: &'static str,
+) -> Result<Vec<(String, T)>, JournalError> {
+    let table = transaction.open_table(table).map_err(JournalError::storage)?;
+    let mut found = Vec::new();
+    for row in table.iter().map_err(JournalError::storage)? {
+        let (key, value) = row.map_err(JournalError::storage)?;
+        let key = key.value().to_owned();
+        match serde_json::from_slice(value.value()) {
+            Ok(record) => found.push((key, record)),
+            Err(source) => return Err(JournalError::Record { table: name, key, source }),
+        }
+    }
+    Ok(found)
+}
+
+fn write(database: &Database, changes: &[Change]) -> Result<(), JournalError> {
+    let mut transaction = database.begin_write().map_err(JournalError::storage)?;
+    transaction.set_durability(Durability::Immediate).map_err(JournalError::storage)?;
+    {
+        let mut operations = transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
+        let mut requests = transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
+        let mut devices = transaction.open_table(DEVICES).map_err(JournalError::storage)?;
+        for change in changes {
+            match change {
+                Change::Operation(record) => {
+                    let name = record.name.to_string();
+                    let text = encode("operations", &name, record)?;
+                    operations.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
+                }
+                Change::ForgetOperation(name) => {
+                    operations.remove(name.to_string().as_str()).map_err(JournalError::storage)?;
+                }
+                Change::Request(key, record) => {
+                    let text = encode("requests", &key.request_id, record)?;
+                    requests.insert(key.text().as_str(), text.as_slice()).map_err(JournalError::storage)?;
+                }
+                Change::ForgetRequest(key) => {
+                    requests.remove(key.text().as_str()).map_err(JournalError::storage)?;
+                }
+                Change::Device(name, record) => {
+                    let name = name.to_string();
+                    let text = encode("devices", &name, record)?;
+                    devices.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
+                }
+            }
+        }
+    }
+    transaction.commit().map_err(JournalError::storage)
+}
+
+fn encode(table: &'static str, key: &str, record: &impl Serialize) -> Result<Vec<u8>, JournalError> {
+    serde_json::to_vec(record).map_err(|source| JournalError::Record { table, key: key.to_owned(), source })
+}

@@ -1,0 +1,213 @@
+//! What was committed is there after a restart, whole, and what is not understood stops the agent.
+
+use std::time::Duration;
+
+use vfio_checkpoint_device::{Seal, Threads};
+
+use super::*;
+use crate::operation::record::{
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord,
+    OperationDeviceRecord, RecordedStep,
+};
+
+fn name(last: u64) -> OperationName {
+    OperationName::from_id(&format!("{:011x}-{last:016x}", 1)).unwrap()
+}
+
+fn device() -> DeviceName {
+    DeviceName::from_id("nic0").unwrap()
+}
+
+fn operation(last: u64, step: RecordedStep) -> OperationRecord {
+    OperationRecord {
+        name: name(last),
+        job: JobRecord::Save {
+            pre_copy: true,
+            barrier: false,
+            manual_cutover: true,
+            after: AfterRecord::Hold,
+        },
+        devices: vec![OperationDeviceRecord {
+            device: device(),
+            logical: LogicalDeviceId::from_bytes([7; 16]),
+            epoch: Epoch(3),
+            seal: Some(Seal { bytes: 9, blake3: [1; 32] }),
+        }],
+        caller: "spiffe://lab.test/saver/a".to_owned(),
+        request_id: Some("00000001-0000-4000-8000-000000000000".to_owned()),
+        owner_pod: "default/pod".to_owned(),
+        created: UnixMillis(5),
+        trace_id: None,
+        step,
+    }
+}
+
+fn end() -> EndRecord {
+    EndRecord {
+        at: UnixMillis(99),
+        result: EndResult::Failed,
+        outcome: EndOutcome::StateLost,
+        failure: Some(FailureRecord {
+            reason: "DEVICE_FAILED".to_owned(),
+            message: "it did".to_owned(),
+            device: Some(device()),
+        }),
+        consistency: Some(Consistency::Inconsistent),
+        moved_bytes: vec![9],
+        pre_copy_bytes: 4,
+        downtime: Some(Duration::from_nanos(1_234_567_891)),
+        predicted_downtime: None,
+        quarantined: vec![device()],
+        left_stopped: false,
+    }
+}
+
+fn key(caller: &str) -> RequestKey {
+    RequestKey { caller: caller.to_owned(), request_id: "r".to_owned() }
+}
+
+fn request(operation: OperationName) -> RequestRecord {
+    RequestRecord { digest: "d".repeat(64), at: UnixMillis(5), answer: RequestAnswer::Operation(operation) }
+}
+
+fn record() -> DeviceRecord {
+    DeviceRecord {
+        logical: LogicalDeviceId::from_bytes([8; 16]),
+        epoch: Epoch(2),
+        rate_bytes_per_second: Some(1 << 30),
+        quarantined: true,
+        left_stopped: false,
+    }
+}
+
+fn open(folder: &Path) -> Result<Journal, JournalError> {
+    Journal::open(folder, &Threads::new())
+}
+
+/// As a later life of the agent finds it. The journal's own thread may hold the file a moment longer.
+fn reopened(journal: Journal, folder: &Path) -> Journal {
+    let Shared { database, lane, .. } = Arc::into_inner(journal.shared).unwrap();
+    drop(lane);
+    let mut database = database;
+    loop {
+        match Arc::try_unwrap(database) {
+            Ok(last) => {
+                drop(last);
+                return open(folder).unwrap();
+            }
+            Err(shared) => database = shared,
+        }
+        std::thread::yield_now();
+    }
+}
+
+#[tokio::test]
+async fn every_step_and_record_is_read_back_as_it_was_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let steps = [
+        RecordedStep::Admitted,
+        RecordedStep::Held { deadline: UnixMillis(77) },
+        RecordedStep::Running { inconsistent: false },
+        RecordedStep::Running { inconsistent: true },
+        RecordedStep::Stopped,
+        RecordedStep::Ended(end()),
+    ];
+    let written: Vec<OperationRecord> =
+        steps.into_iter().zip(0..).map(|(step, last)| operation(last, step)).collect();
+    let restore = OperationRecord {
+        job: JobRecord::Restore { barrier: true, hold: true },
+        request_id: None,
+        ..operation(100, RecordedStep::Admitted)
+    };
+    let journal = open(folder.path()).unwrap();
+    assert!(journal.load().unwrap().operations.is_empty());
+    let reset = RequestRecord { answer: RequestAnswer::Reset { state_lost: None }, ..request(name(0)) };
+    let mut changes: Vec<Change> =
+        written.iter().cloned().map(|record| Change::Operation(Box::new(record))).collect();
+    changes.push(Change::Operation(Box::new(restore.clone())));
+    changes.push(Change::Request(key("a"), request(name(0))));
+    changes.push(Change::Request(key("b"), reset.clone()));
+    changes.push(Change::Device(device(), record()));
+    journal.commit(changes).await.unwrap();
+
+    let journal = reopened(journal, folder.path());
+    let found = journal.load().unwrap();
+    assert_eq!(found.operations, [written, vec![restore]].concat(), "the oldest first");
+    assert_eq!(found.requests, [(key("a"), request(name(0))), (key("b"), reset)]);
+    assert_eq!(found.devices, [(device(), record())]);
+}
+
+#[tokio::test]
+async fn the_last_word_counts_and_what_is_forgotten_is_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(folder.path()).unwrap();
+    let first = Change::Operation(Box::new(operation(1, RecordedStep::Admitted)));
+    let ended = operation(1, RecordedStep::Ended(end()));
+    journal.commit(vec![first, Change::Request(key("a"), request(name(1)))]).await.unwrap();
+    journal.commit(vec![Change::Operation(Box::new(ended.clone()))]).await.unwrap();
+    assert_eq!(journal.load().unwrap().operations, [ended]);
+    let gone = vec![Change::ForgetOperation(name(1)), Change::ForgetRequest(key("a"))];
+    journal.commit(gone.clone()).await.unwrap();
+    // Said again it is no error.
+    journal.commit(gone).await.unwrap();
+    let found = journal.load().unwrap();
+    assert!(found.operations.is_empty() && found.requests.is_empty());
+}
+
+#[test]
+fn one_agent_at_a_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let _first = open(folder.path()).unwrap();
+    let error = open(folder.path()).unwrap_err();
+    assert!(matches!(error, JournalError::Open { .. }), "{error:?}");
+    assert!(error.to_string().contains("another agent"), "{error}");
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let error = open(&file.join("state")).unwrap_err();
+    assert!(matches!(&error, JournalError::Folder { path, .. } if path.starts_with(&file)), "{error:?}");
+}
+
+#[test]
+fn a_file_of_another_format_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::create(folder.path().join("journal.redb")).unwrap();
+    let transaction = database.begin_write().unwrap();
+    transaction.open_table(META).unwrap().insert("format", FORMAT + 1).unwrap();
+    transaction.commit().unwrap();
+    drop(database);
+    let error = open(folder.path()).unwrap_err();
+    assert!(matches!(error, JournalError::Format { found, .. } if found == FORMAT + 1), "{error:?}");
+}
+
+#[test]
+fn nothing_that_is_not_understood_is_thrown_away() {
+    for (table, key, text) in [
+        ("operations", "operations/x", r#"{"name":"operations/x"}"#),
+        ("devices", "devices/x", r#"{"colour":"red"}"#),
+        ("requests", "a\nr", "garbage"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = open(folder.path()).unwrap();
+        let transaction = journal.shared.database.begin_write().unwrap();
+        let definition: TableDefinition<'_, &str, &[u8]> = TableDefinition::new(table);
+        transaction.open_table(definition).unwrap().insert(key, text.as_bytes()).unwrap();
+        transaction.commit().unwrap();
+        let error = journal.load().unwrap_err();
+        assert!(
+            matches!(&error, JournalError::Record { table: named, key: at, .. } if *named == table && at == key),
+            "{error:?}"
+        );
+    }
+}
+
+#[test]
+fn a_key_is_read_as_it_was_written() {
+    let key = key("spiffe://lab.test/a");
+    assert_eq!(RequestKey::parse(&key.text()), Some(key));
+    assert_eq!(RequestKey::parse("no line break"), None);
+}

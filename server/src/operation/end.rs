@@ -1,0 +1,322 @@
+//! How an operation ended, in the terms of its record.
+
+use std::time::Duration;
+
+use vfio_checkpoint_device::operation::{Cause, OperationError, RestoreReport, SaveReport};
+use vfio_checkpoint_device::{Backend, Identity, chain};
+use vfio_checkpoint_fsm::{Outcome, SaveState, Validity};
+use vfio_checkpoint_proto::domain;
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
+
+use super::entry::{Cancel, Entry};
+use super::meter::per_second;
+use super::record::{
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord, RecordedStep,
+};
+use crate::core::Core;
+use crate::journal::{Change, DeviceRecord};
+use crate::registry::Lease;
+use crate::registry::opening::new_logical;
+
+/// How an operation ended, before it is on record.
+#[derive(Debug)]
+pub(super) struct End {
+    result: EndResult,
+    outcome: EndOutcome,
+    failure: Option<FailureRecord>,
+    consistency: Option<Consistency>,
+    pre_copy_bytes: u64,
+    downtime: Option<Duration>,
+    predicted_downtime: Option<Duration>,
+    quarantined: Vec<DeviceName>,
+    left_stopped: bool,
+    /// What state moved at.
+    rate_bytes_per_second: Option<u64>,
+    /// The devices whose state is gone, where it is not that of all.
+    lost: Option<Vec<DeviceName>>,
+}
+
+impl End {
+    fn new(result: EndResult, outcome: EndOutcome) -> Self {
+        Self {
+            result,
+            outcome,
+            failure: None,
+            consistency: None,
+            pre_copy_bytes: 0,
+            downtime: None,
+            predicted_downtime: None,
+            quarantined: Vec::new(),
+            left_stopped: false,
+            rate_bytes_per_second: None,
+            lost: None,
+        }
+    }
+
+    fn because(mut self, reason: &str, message: impl Into<String>, device: Option<DeviceName>) -> Self {
+        self.failure = Some(FailureRecord { reason: reason.to_owned(), message: message.into(), device });
+        self
+    }
+
+    /// The record, and all that goes to the journal with it.
+    pub(super) fn settle(self, core: &Core, entry: &Entry, lease: &Lease) -> (EndRecord, Vec<Change>) {
+        let view = entry.view();
+        let record = EndRecord {
+            at: core.environment.unix_now(),
+            result: self.result,
+            outcome: self.outcome,
+            failure: self.failure,
+            consistency: self.consistency,
+            moved_bytes: view.devices.iter().map(|live| live.moved_bytes).collect(),
+            pre_copy_bytes: self.pre_copy_bytes,
+            downtime: self.downtime,
+            predicted_downtime: self.predicted_downtime.or(view.predicted_downtime),
+            quarantined: self.quarantined.clone(),
+            left_stopped: self.left_stopped,
+        };
+        let mut changes =
+            vec![Change::Operation(Box::new(entry.record(RecordedStep::Ended(record.clone()))))];
+        for (slot, device) in lease.slots().iter().zip(&entry.fixed.devices) {
+            let Some(before) = slot.view().record else { continue };
+            let (logical, epoch) = match self.outcome {
+                EndOutcome::Preserved => (before.logical.clone(), before.epoch),
+                EndOutcome::Replaced => (device.logical.clone(), device.epoch),
+                EndOutcome::StateLost
+                    if self.lost.as_ref().is_some_and(|lost| !lost.contains(slot.name())) =>
+                {
+                    (before.logical.clone(), before.epoch)
+                }
+                // Nothing of what was here lives on: whatever runs now is somebody new.
+                EndOutcome::StateLost => (new_logical(&core.environment), Epoch(1)),
+            };
+            let record = DeviceRecord {
+                logical,
+                epoch,
+                rate_bytes_per_second: self.rate_bytes_per_second.or(before.rate_bytes_per_second),
+                quarantined: before.quarantined || self.quarantined.contains(slot.name()),
+                left_stopped: self.left_stopped,
+            };
+            if record != before {
+                changes.push(Change::Device(slot.name().clone(), record));
+            }
+        }
+        (record, changes)
+    }
+}
+
+/// What the journal says of devices is what the registry says.
+pub(super) fn take_over_records(core: &Core, changes: &[Change]) {
+    for change in changes {
+        match change {
+            Change::Device(name, record) => {
+                if let Some(slot) = core.registry.get(name) {
+                    slot.set_record(record.clone());
+                }
+            }
+            Change::Operation(_)
+            | Change::ForgetOperation(_)
+            | Change::Request(..)
+            | Change::ForgetRequest(_) => {}
+        }
+    }
+}
+
+/// It was given up before anything was touched.
+pub(super) fn never_begun(why: &Cancel) -> End {
+    let (result, reason) = match why {
+        Cancel::Requested { .. } => (EndResult::Cancelled, "CANCELLED"),
+        Cancel::NoStream { .. } => (EndResult::Failed, "NO_STREAM"),
+        Cancel::ShuttingDown => (EndResult::Failed, "SHUTTING_DOWN"),
+    };
+    let message = format!("nothing was touched: {why}");
+    End::new(result, EndOutcome::Preserved).because(reason, message, None)
+}
+
+/// The agent ended before a restore had begun.
+pub(super) fn untouched() -> End {
+    End::new(EndResult::Failed, EndOutcome::Preserved).because(
+        "AGENT_RESTARTED",
+        "the agent ended before the restore had begun; nothing was touched",
+        None,
+    )
+}
+
+/// A device of the set is not open any more.
+pub(super) fn not_open() -> End {
+    End::new(EndResult::Failed, EndOutcome::Preserved).because(
+        "DEVICE_UNAVAILABLE",
+        "nothing was touched: a device of the set is not open",
+        None,
+    )
+}
+
+/// How a save ended.
+pub(super) fn of_save(entry: &Entry, lease: &Lease, saved: Result<SaveReport, OperationError>) -> End {
+    match saved {
+        Ok(report) => with_report(sealed_save(entry), &report),
+        Err(OperationError::Inconsistent { report }) => {
+            let end = inconsistent();
+            match report {
+                Some(report) => with_report(end, &report),
+                None => end,
+            }
+        }
+        Err(error) => failed(entry, lease, &error),
+    }
+}
+
+/// A save that did all it should.
+pub(super) fn sealed_save(entry: &Entry) -> End {
+    let mut end = End::new(EndResult::Succeeded, EndOutcome::Preserved);
+    end.consistency = Some(Consistency::Consistent);
+    end.left_stopped = match entry.fixed.job {
+        JobRecord::Save { after: AfterRecord::StayStopped, .. } => true,
+        JobRecord::Save { after: AfterRecord::Resume | AfterRecord::Hold, .. }
+        | JobRecord::Restore { .. } => false,
+    };
+    end
+}
+
+fn inconsistent() -> End {
+    let mut end = End::new(EndResult::Failed, EndOutcome::Preserved).because(
+        "HOLD_EXPIRED",
+        "nobody said Resume before the hold ran out: the devices run on, and the checkpoint is INCONSISTENT, because \
+         memory that was captured with it may have moved on",
+        None,
+    );
+    end.consistency = Some(Consistency::Inconsistent);
+    end
+}
+
+fn with_report(mut end: End, report: &SaveReport) -> End {
+    end.pre_copy_bytes = report.precopy_bytes;
+    end.downtime = Some(report.downtime);
+    end.predicted_downtime = report.predicted_downtime;
+    let bytes = report.bytes.iter().fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
+    // Of the stop alone: pre-copy shares the device with its workload, and pauses.
+    let stopped = bytes.saturating_sub(report.precopy_bytes);
+    let rate = per_second(stopped, report.downtime);
+    end.rate_bytes_per_second = (stopped >= MEASURABLE_BYTES && rate > 0).then_some(rate);
+    end
+}
+
+/// Less than this says more about the round trips than about the rate.
+const MEASURABLE_BYTES: u64 = 16 << 20;
+
+/// How a restore ended.
+pub(super) fn of_restore(
+    entry: &Entry,
+    lease: &Lease,
+    restored: Result<RestoreReport, OperationError>,
+) -> End {
+    match restored {
+        Ok(_) => End::new(EndResult::Succeeded, EndOutcome::Replaced),
+        Err(error) => failed(entry, lease, &error),
+    }
+}
+
+/// How an operation ended that did not do what was asked for.
+pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> End {
+    let cancelled =
+        error.is_cancelled() && matches!(entry.signals.cancel_reason(), Some(Cancel::Requested { .. }));
+    let result = if cancelled { EndResult::Cancelled } else { EndResult::Failed };
+    match error {
+        OperationError::Refused(refusal) => {
+            End::new(result, EndOutcome::Preserved).because("BLOCKED", chain(refusal), None)
+        }
+        OperationError::NotReady { device, .. } => {
+            let device = name_of(lease, device);
+            End::new(result, EndOutcome::Preserved).because("DEVICE_NOT_READY", chain(error), device)
+        }
+        OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
+            let outcome = match outcome {
+                Outcome::Preserved => EndOutcome::Preserved,
+                Outcome::StateLost => EndOutcome::StateLost,
+            };
+            let (reason, device) = reason(lease, entry, cause);
+            let mut end = End::new(result, outcome).because(reason, chain(error), device);
+            end.quarantined = quarantined.iter().filter_map(|device| name_of(lease, device)).collect();
+            end.consistency = checkpoint.map(|validity| match validity {
+                Validity::Consistent => Consistency::Consistent,
+                Validity::Inconsistent => Consistency::Inconsistent,
+            });
+            end
+        }
+        OperationError::Inconsistent { .. } => inconsistent(),
+    }
+}
+
+fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (&'static str, Option<DeviceName>) {
+    match cause {
+        Cause::Device { device, .. } => ("DEVICE_FAILED", name_of(lease, device)),
+        Cause::Cancelled(error) => match (crate::transfer::reason(&**error), entry.signals.cancel_reason()) {
+            (Some(reason), _) => (reason, None),
+            (None, Some(Cancel::ShuttingDown)) => ("SHUTTING_DOWN", None),
+            (None, Some(Cancel::Requested { .. } | Cancel::NoStream { .. }) | None) => ("CANCELLED", None),
+        },
+        Cause::Unrecorded(_) => ("JOURNAL_FAILED", None),
+        Cause::NoCutover { .. } => ("CUTOVER_TIMEOUT", None),
+        Cause::Downtime { .. } => ("NO_CONVERGENCE", None),
+        Cause::HoldExpired { .. } => ("HOLD_EXPIRED", None),
+        Cause::NotReady { .. } => ("OWNER_NOT_READY", None),
+        Cause::Interrupted => ("AGENT_RESTARTED", None),
+        Cause::Other(error) => (crate::transfer::reason(&**error).unwrap_or("FAILED"), None),
+    }
+}
+
+fn name_of(lease: &Lease, device: &Identity) -> Option<DeviceName> {
+    let slots = lease.slots().iter();
+    slots
+        .filter(|slot| slot.lane().is_some_and(|lane| lane.identity() == device))
+        .map(|slot| slot.name().clone())
+        .next()
+}
+
+/// The agent was restarted, and devices of the operation could not be kept open meanwhile: they were reset.
+pub(super) fn not_kept(
+    entry: &Entry,
+    lost: Vec<DeviceName>,
+    quarantined: Vec<DeviceName>,
+    step: &RecordedStep,
+) -> End {
+    let names: Vec<String> = lost.iter().map(ToString::to_string).collect();
+    let names = if names.is_empty() { "its devices".to_owned() } else { names.join(", ") };
+    let mut end = End::new(EndResult::Failed, EndOutcome::StateLost).because(
+        "AGENT_RESTARTED",
+        format!(
+            "the agent ended while the operation was under way, and nobody kept {names} open, so what was in there is \
+             lost: run a holder"
+        ),
+        lost.first().cloned(),
+    );
+    end.left_stopped = *step == RecordedStep::Stopped;
+    end.lost = Some(lost);
+    end.quarantined = quarantined;
+    // Sealed before the agent ended: what was saved is whole, and may be the only copy.
+    end.consistency = match (entry.fixed.job, step) {
+        (
+            JobRecord::Save { .. },
+            RecordedStep::Held { .. } | RecordedStep::Stopped | RecordedStep::Running { inconsistent: false },
+        ) => Some(Consistency::Consistent),
+        (JobRecord::Save { .. }, RecordedStep::Running { inconsistent: true }) => {
+            Some(Consistency::Inconsistent)
+        }
+        (JobRecord::Save { .. }, RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Ended(_))
+        | (JobRecord::Restore { .. }, _) => None,
+    };
+    end
+}
+
+/// The device layer took a save up and ended it in a way that no success has: a defect.
+pub(super) fn unexpected(state: SaveState) -> End {
+    let message = format!("the save that was taken up ended as {state}, which is a defect to report");
+    End::new(EndResult::Failed, EndOutcome::Preserved).because("FAILED", message, None)
+}
+
+pub(super) fn backend_to_wire(backend: Backend) -> domain::Backend {
+    match backend {
+        Backend::Kernel => domain::Backend::Kernel,
+        Backend::Sim => domain::Backend::Sim,
+        Backend::VfioUser => domain::Backend::VfioUser,
+    }
+}

@@ -1,0 +1,212 @@
+//! What the journal keeps of an operation: all that a later life of the agent needs to bring it to a named end.
+//!
+//! ```text
+//!   Admitted -> Begun -> Held -> Running -> Ended
+//!       \-----------------------/ ^            ^
+//!        \------------------------------------/
+//! ```
+//! A step is durable before the command that it announces is executed. What is not recorded (how many bytes, which round)
+//! is not needed: a stream never survives the agent, so all before [`RecordedStep::Held`] is undone in the same way.
+//!
+//! The record is its own type, not the one that the agent works with and not the wire's: a journal is read by later
+//! versions of the agent.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vfio_checkpoint_device::Seal;
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
+
+use crate::environment::UnixMillis;
+
+/// An operation in the journal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperationRecord {
+    /// Which one.
+    pub name: OperationName,
+    /// What it does.
+    pub job: JobRecord,
+    /// Its devices, in the caller's order.
+    pub devices: Vec<OperationDeviceRecord>,
+    /// Who started it.
+    pub caller: String,
+    /// The caller's request id.
+    pub request_id: Option<String>,
+    /// The pod that uses the devices.
+    pub owner_pod: String,
+    /// When it was started.
+    pub created: UnixMillis,
+    /// The trace that it belongs to.
+    pub trace_id: Option<String>,
+    /// How far it is.
+    pub step: RecordedStep,
+}
+
+/// What an operation does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum JobRecord {
+    /// State out of devices.
+    Save {
+        /// Read state while the devices run.
+        pre_copy: bool,
+        /// Whether all devices have the P2P states.
+        barrier: bool,
+        /// The caller says when to stop.
+        manual_cutover: bool,
+        /// What comes after.
+        after: AfterRecord,
+    },
+    /// State into devices.
+    Restore {
+        /// Whether the set goes through RUNNING_P2P.
+        barrier: bool,
+        /// Loaded devices wait for Resume.
+        hold: bool,
+    },
+}
+
+/// What becomes of saved devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AfterRecord {
+    /// They run on.
+    Resume,
+    /// They wait for Resume.
+    Hold,
+    /// They stay stopped.
+    StayStopped,
+}
+
+/// A device of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OperationDeviceRecord {
+    /// Which one.
+    pub device: DeviceName,
+    /// The logical device that is saved, or that the restored state is of.
+    pub logical: LogicalDeviceId,
+    /// Its epoch: for a restore the one under which it will run.
+    pub epoch: Epoch,
+    /// The seal on its state, once it is known.
+    pub seal: Option<Seal>,
+}
+
+/// How far an operation is, as the journal says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum RecordedStep {
+    /// Its devices are leased. Those of a restore have not been touched; those of a save may be anywhere on the way, which
+    /// makes no difference: their own state is in them.
+    Admitted,
+    /// Its devices may be anywhere on the way. Nothing of it stands: it is undone.
+    Begun,
+    /// A sealed save, stopped, or a verified restore, loaded, waits for Resume.
+    Held {
+        /// When the hold ends by itself.
+        deadline: UnixMillis,
+    },
+    /// A sealed save lets its devices run again, or a verified restore is about to.
+    Running {
+        /// The hold of a save ran out: the checkpoint counts as inconsistent.
+        inconsistent: bool,
+    },
+    /// A sealed save whose devices stay stopped, as was asked for.
+    Stopped,
+    /// Over.
+    Ended(EndRecord),
+}
+
+impl RecordedStep {
+    /// Its name in logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Admitted => "ADMITTED",
+            Self::Begun => "BEGUN",
+            Self::Held { .. } => "HELD",
+            Self::Running { .. } => "RUNNING",
+            Self::Stopped => "STOPPED",
+            Self::Ended(_) => "ENDED",
+        }
+    }
+
+    /// Whether the operation is over.
+    pub fn is_ended(&self) -> bool {
+        matches!(self, Self::Ended(_))
+    }
+}
+
+/// How an operation ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndRecord {
+    /// When.
+    pub at: UnixMillis,
+    /// How.
+    pub result: EndResult,
+    /// What became of the state that the devices carried before.
+    pub outcome: EndOutcome,
+    /// What went wrong first.
+    pub failure: Option<FailureRecord>,
+    /// Whether there is a checkpoint, and whether it is consistent.
+    pub consistency: Option<Consistency>,
+    /// Bytes of each device.
+    pub moved_bytes: Vec<u64>,
+    /// Of these, while the devices ran.
+    pub pre_copy_bytes: u64,
+    /// How long the devices stood still.
+    pub downtime: Option<Duration>,
+    /// How long they were expected to.
+    pub predicted_downtime: Option<Duration>,
+    /// Devices that wait for somebody to decide.
+    pub quarantined: Vec<DeviceName>,
+    /// Devices that stay stopped, as was asked for.
+    pub left_stopped: bool,
+}
+
+/// How an operation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndResult {
+    /// All that was asked for, on every device.
+    Succeeded,
+    /// Not what was asked for.
+    Failed,
+    /// Undone on request.
+    Cancelled,
+}
+
+/// What became of the state that the devices carried before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndOutcome {
+    /// It is there.
+    Preserved,
+    /// It is gone.
+    StateLost,
+    /// The restored state took its place.
+    Replaced,
+}
+
+/// What a checkpoint is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consistency {
+    /// One moment, and held as long as was wanted.
+    Consistent,
+    /// The hold ran out first.
+    Inconsistent,
+}
+
+/// What went wrong first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailureRecord {
+    /// Stable, in capitals.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+    /// The device that it is about.
+    pub device: Option<DeviceName>,
+}

@@ -1,0 +1,204 @@
+//! An operation at work: from the arrival of its stream to its end.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use vfio_checkpoint_client::transfer::{Giver, Taker};
+use vfio_checkpoint_device::operation::{self, RestoreTerms, SaveTerms};
+use vfio_checkpoint_device::{DataSize, DeviceLane, chain};
+use vfio_checkpoint_fsm::AfterSave;
+use vfio_checkpoint_proto::domain::{self, DeviceManifest, Invalid, Manifest, SourceDisposition};
+use vfio_checkpoint_proto::ids::StreamId;
+
+use super::caller::EntryCaller;
+use super::end::{self, End};
+use super::entry::{Cancel, Entry};
+use super::record::RecordedStep;
+use crate::core::Core;
+use crate::failpoint::reached;
+use crate::registry::{DeviceView, Lease};
+use crate::transfer::{Attached, WireSink, WireSource};
+
+/// Where an operation's stream comes from.
+pub(super) type Arrival = oneshot::Receiver<Attached>;
+
+/// The span that everything about an operation is in.
+pub(super) fn span(core: &Core, entry: &Entry) -> tracing::Span {
+    let fixed = &entry.fixed;
+    let devices: Vec<String> = entry.device_names().map(ToString::to_string).collect();
+    tracing::info_span!("operation", node = %core.config.node.name, operation = %fixed.name, caller = %fixed.caller, devices = %devices.join(","))
+}
+
+/// What is going to be saved, device by device, as it is known before.
+pub(super) fn device_manifests(views: &[DeviceView]) -> Result<Vec<DeviceManifest>, Invalid> {
+    views
+        .iter()
+        .filter_map(|view| {
+            let record = view.record.as_ref()?;
+            let facts: BTreeMap<String, String> =
+                view.fingerprint.facts().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+            Some(facts.try_into().map(|fingerprint| DeviceManifest {
+                source_device: view.name.clone(),
+                source_address: view.address.clone(),
+                backend: end::backend_to_wire(view.backend),
+                driver: view.driver.clone(),
+                fingerprint,
+                logical_device: domain::LogicalDevice { id: record.logical.clone(), epoch: record.epoch },
+                data_size: size_to_wire(view.data_size),
+            }))
+        })
+        .collect()
+}
+
+/// What is going to be saved.
+pub(super) fn manifest(entry: &Entry, devices: Vec<DeviceManifest>, after: AfterSave) -> Manifest {
+    Manifest {
+        operation: entry.fixed.name.clone(),
+        create_time: entry.fixed.created.system_time(),
+        devices,
+        source_disposition: match after {
+            AfterSave::Resume | AfterSave::Hold => SourceDisposition::RunsOn,
+            AfterSave::StayStopped => SourceDisposition::StaysStopped,
+        },
+    }
+}
+
+fn size_to_wire(size: DataSize) -> domain::DataSize {
+    match size {
+        DataSize::Known(bytes) => domain::DataSize::Known(bytes),
+        DataSize::UpperBound(bytes) => domain::DataSize::UpperBound(bytes),
+        DataSize::Unknown => domain::DataSize::Unknown,
+    }
+}
+
+/// A save, start to end.
+pub(super) async fn save(
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    lease: Lease,
+    terms: SaveTerms,
+    manifest: Manifest,
+    arrival: Arrival,
+) {
+    let ended = match attached(&core, &entry, arrival).await {
+        Ok(attached) => save_attached(&core, &entry, &lease, terms, manifest, attached).await,
+        Err(why) => end::never_begun(&why),
+    };
+    finish(&core, &entry, lease, ended).await;
+}
+
+async fn save_attached(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    lease: &Lease,
+    terms: SaveTerms,
+    manifest: Manifest,
+    attached: Attached,
+) -> End {
+    let Some(lanes) = lanes(lease) else { return end::not_open() };
+    let stream = StreamId(core.environment.executor.random());
+    let (link, wire) = attached.open(&core.config, stream, manifest).await;
+    let idle_timeout = wire.limits.idle_timeout;
+    let giver = Giver::new(link, wire);
+    let giver = if entry.is_manual() { giver.with_cutover() } else { giver };
+    let mut sink = WireSink::new(giver, Arc::clone(entry), &core.environment, idle_timeout);
+    let caller = EntryCaller {
+        core: Arc::clone(core),
+        entry: Arc::clone(entry),
+        hold_limit: terms.hold_limit,
+        cutover_limit: terms.cutover_limit,
+        stream: Some(sink.watch()),
+        on_record: RecordedStep::Admitted.into(),
+    };
+    let saved = operation::save(&lanes, terms, &caller, &mut sink).await;
+    if let Err(error) = &saved {
+        sink.give_up(chain(error)).await;
+    }
+    end::of_save(entry, lease, saved)
+}
+
+/// A restore, start to end.
+pub(super) async fn restore(
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    lease: Lease,
+    terms: RestoreTerms,
+    manifest: Manifest,
+    arrival: Arrival,
+) {
+    let ended = match attached(&core, &entry, arrival).await {
+        Ok(attached) => restore_attached(&core, &entry, &lease, terms, manifest, attached).await,
+        Err(why) => end::never_begun(&why),
+    };
+    finish(&core, &entry, lease, ended).await;
+}
+
+async fn restore_attached(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    lease: &Lease,
+    terms: RestoreTerms,
+    manifest: Manifest,
+    attached: Attached,
+) -> End {
+    let Some(lanes) = lanes(lease) else { return end::not_open() };
+    let stream = StreamId(core.environment.executor.random());
+    let (link, wire) = attached.open(&core.config, stream, manifest).await;
+    let caller = EntryCaller {
+        core: Arc::clone(core),
+        entry: Arc::clone(entry),
+        hold_limit: terms.hold_limit,
+        cutover_limit: Duration::ZERO,
+        stream: None,
+        on_record: RecordedStep::Admitted.into(),
+    };
+    let mut source = WireSource::new(Taker::new(link, wire), Arc::clone(entry));
+    let restored = operation::restore(&lanes, terms, &caller, &mut source).await;
+    if let Err(error) = &restored {
+        source.give_up(&chain(error)).await;
+    }
+    end::of_restore(entry, lease, restored)
+}
+
+/// Waits for the operation's stream, for as long as it may take. Nothing has been touched meanwhile.
+async fn attached(core: &Core, entry: &Entry, arrival: Arrival) -> Result<Attached, Cancel> {
+    let after = core.config.defaults.stream_open_timeout;
+    let no_stream = Cancel::NoStream { after };
+    tokio::select! {
+        biased;
+        why = entry.signals.cancelled() => Err(why),
+        attached = arrival => {
+            entry.change(|view| view.deadline = None);
+            attached.map_err(|_| no_stream)
+        }
+        () = core.environment.sleep(after) => Err(no_stream),
+    }
+}
+
+pub(super) fn lanes(lease: &Lease) -> Option<Vec<DeviceLane>> {
+    lease.slots().iter().map(|slot| slot.lane()).collect()
+}
+
+/// Puts the end on record, tells it, and gives the devices back; in this order, so that nobody finds a device free whose
+/// operation is not known to be over.
+pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, ended: End) {
+    for slot in lease.slots() {
+        slot.read_back().await;
+    }
+    reached(format_args!("read back"));
+    let (record, changes) = ended.settle(core, entry, &lease);
+    core.commit_surely(changes.clone()).await;
+    end::take_over_records(core, &changes);
+    tracing::info!(
+        result = ?record.result,
+        outcome = ?record.outcome,
+        downtime_ms = record.downtime.map(|downtime| downtime.as_secs_f64() * 1e3),
+        failure = record.failure.as_ref().map(|failure| failure.message.as_str()),
+        "operation ended"
+    );
+    drop(lease);
+    core.operations.release();
+    entry.end(record);
+}

@@ -1,0 +1,107 @@
+//! What the caller of an operation says while it runs: Cutover, Resume, Cancel.
+//!
+//! Each is a level, not an edge: said once it stays said, whoever listens and whenever.
+
+use tokio::sync::watch;
+
+use super::entry::Cancel;
+
+/// The levels of one operation.
+#[derive(Debug)]
+pub struct Signals {
+    cutover: watch::Sender<bool>,
+    resume: watch::Sender<bool>,
+    cancel: watch::Sender<Option<Cancel>>,
+}
+
+impl Signals {
+    /// Nothing said yet.
+    pub fn new() -> Self {
+        Self {
+            cutover: watch::Sender::new(false),
+            resume: watch::Sender::new(false),
+            cancel: watch::Sender::new(None),
+        }
+    }
+
+    /// Stop the devices.
+    pub fn say_cutover(&self) {
+        self.cutover.send_replace(true);
+    }
+
+    /// Run the devices.
+    pub fn say_resume(&self) {
+        self.resume.send_replace(true);
+    }
+
+    /// Whether Resume was said.
+    pub fn is_resumed(&self) -> bool {
+        *self.resume.borrow()
+    }
+
+    /// Undo everything. The first reason stays.
+    pub fn say_cancel(&self, why: Cancel) {
+        self.cancel.send_if_modified(|said| {
+            let first = said.is_none();
+            if first {
+                *said = Some(why);
+            }
+            first
+        });
+    }
+
+    /// Ready once Cutover was said.
+    pub async fn cutover(&self) {
+        said(&self.cutover).await;
+    }
+
+    /// Ready once Resume was said.
+    pub async fn resume(&self) {
+        said(&self.resume).await;
+    }
+
+    /// Ready once Cancel was said, with its reason.
+    pub async fn cancelled(&self) -> Cancel {
+        let mut listening = self.cancel.subscribe();
+        // The sender is in `self`, so it cannot be gone.
+        match listening.wait_for(Option::is_some).await.map(|why| why.clone()) {
+            Ok(Some(why)) => why,
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Whether, and why, Cancel was said.
+    pub fn cancel_reason(&self) -> Option<Cancel> {
+        self.cancel.borrow().clone()
+    }
+}
+
+impl Default for Signals {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+async fn said(level: &watch::Sender<bool>) {
+    let mut listening = level.subscribe();
+    if listening.wait_for(|said| *said).await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_was_said_stays_said() {
+        let signals = Signals::new();
+        signals.say_cutover();
+        signals.cutover().await;
+        signals.cutover().await;
+        assert_eq!(signals.cancel_reason(), None);
+        signals.say_cancel(Cancel::Requested { by: "a".to_owned() });
+        signals.say_cancel(Cancel::ShuttingDown);
+        assert_eq!(signals.cancelled().await, Cancel::Requested { by: "a".to_owned() });
+    }
+}

@@ -1,0 +1,394 @@
+//! How an operation begins: validated, unblocked, leased, recorded; in this order, and nothing is touched.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use tracing::Instrument as _;
+use vfio_checkpoint_device::operation::{PrecopyPolicy, RestoreTerms, SaveTerms};
+use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, SaveRequest};
+use vfio_checkpoint_proto::domain::{
+    self, AfterRestore, NoConvergence, PreCopy, RestoreSpec, SaveRequestSpec,
+};
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, RequestId};
+use vfio_checkpoint_proto::v1::BlockerReason;
+
+use super::admission::{self, Blocker, Bounds, Prediction};
+use super::entry::{Entry, Fixed};
+use super::record::{AfterRecord, JobRecord, OperationDeviceRecord, RecordedStep};
+use super::run;
+use crate::core::Core;
+use crate::journal::{Change, RequestAnswer, RequestKey, RequestRecord};
+use crate::registry::{DeviceView, Lease, Slot};
+use crate::rpc::Refusal;
+
+/// Who starts an operation, and what makes the call idempotent.
+#[derive(Debug, Clone)]
+pub struct Starter {
+    /// The identity of the verified certificate.
+    pub caller: String,
+    /// The caller's request id, with the digest of the request.
+    pub request: Option<(RequestId, [u8; 32])>,
+    /// The trace that the call belongs to.
+    pub trace_id: Option<String>,
+}
+
+/// What came of a request.
+#[derive(Debug)]
+pub struct Started<P> {
+    /// The operation. None where the request was to be validated only.
+    pub entry: Option<Arc<Entry>>,
+    /// What is in the way. Empty where there is an operation.
+    pub blockers: Vec<Blocker>,
+    /// What is known beforehand.
+    pub prediction: P,
+}
+
+impl Core {
+    /// Admits a save.
+    pub async fn start_save(
+        self: &Arc<Self>,
+        spec: SaveRequestSpec,
+        starter: Starter,
+    ) -> Result<Started<Option<Prediction>>, Refusal> {
+        let _one = self.lock(&starter).await;
+        if let Some(entry) = self.started_before(&starter)?
+            && !spec.validate_only
+        {
+            return Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: None });
+        }
+        let found = self.look(&spec.devices).await;
+        let (mut blockers, plan, prediction) = admission::save(&found.views, &spec, self.bounds());
+        blockers.extend(found.missing.iter().cloned());
+        blockers.extend(self.busy());
+        let waits = Waits::of(&spec);
+        self.waits_within("pre_copy_budget", waits.pre_copy)?;
+        self.waits_within("cutover_timeout", waits.cutover)?;
+        self.waits_within("hold_timeout", waits.hold)?;
+        if spec.validate_only {
+            return Ok(Started { entry: None, blockers, prediction: Some(prediction) });
+        }
+        self.check_ending()?;
+        let job = JobRecord::Save {
+            pre_copy: plan.pre_copy,
+            barrier: plan.barrier,
+            manual_cutover: plan.cutover == Cutover::Manual,
+            after: match plan.after {
+                AfterSave::Resume => AfterRecord::Resume,
+                AfterSave::Hold => AfterRecord::Hold,
+                AfterSave::StayStopped => AfterRecord::StayStopped,
+            },
+        };
+        let devices = found.views.iter().filter_map(|view| {
+            let record = view.record.as_ref()?;
+            Some((view.name.clone(), record.logical.clone(), record.epoch))
+        });
+        let devices = devices.collect();
+        let defaults = &self.config.defaults;
+        let terms = SaveTerms {
+            request: SaveRequest {
+                pre_copy: spec.pre_copy != PreCopy::Never,
+                cutover: plan.cutover,
+                after: plan.after,
+            },
+            policy: PrecopyPolicy {
+                downtime_limit: spec.downtime_limit.unwrap_or(defaults.downtime_limit),
+                time_budget: waits.pre_copy.unwrap_or(defaults.pre_copy_budget),
+                stop_over_limit: spec.no_convergence == NoConvergence::StopAnyway,
+            },
+            cutover_limit: waits.cutover.unwrap_or(defaults.cutover_timeout),
+            hold_limit: waits.hold.unwrap_or(defaults.hold_timeout),
+        };
+        let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
+        let manifests = run::device_manifests(&found.views)?;
+        let admitted = self.admit(&found, blockers, job, devices, owner_pod, starter).await?;
+        let (entry, lease, arrival) = admitted;
+        let manifest = run::manifest(&entry, manifests, plan.after);
+        for (index, view) in found.views.iter().enumerate() {
+            entry.expects(index, view.data_size);
+        }
+        let span = run::span(self, &entry);
+        let work = run::save(Arc::clone(self), Arc::clone(&entry), lease, terms, manifest, arrival);
+        tokio::spawn(work.instrument(span));
+        Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
+    }
+
+    /// Admits a restore.
+    pub async fn start_restore(
+        self: &Arc<Self>,
+        spec: RestoreSpec,
+        starter: Starter,
+    ) -> Result<Started<()>, Refusal> {
+        let _one = self.lock(&starter).await;
+        if let Some(entry) = self.started_before(&starter)?
+            && !spec.validate_only
+        {
+            return Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () });
+        }
+        let found = self.look(&spec.devices).await;
+        let (mut blockers, plan) = admission::restore(&found.views, &spec, self.bounds());
+        blockers.extend(found.missing.iter().cloned());
+        blockers.extend(self.busy());
+        let hold_timeout = match spec.after {
+            AfterRestore::Hold { timeout } => timeout,
+            AfterRestore::Run => None,
+        };
+        self.waits_within("hold_timeout", hold_timeout)?;
+        if spec.validate_only {
+            return Ok(Started { entry: None, blockers, prediction: () });
+        }
+        self.check_ending()?;
+        let job = JobRecord::Restore { barrier: plan.barrier, hold: plan.after == AfterLoad::Hold };
+        let devices = found
+            .views
+            .iter()
+            .zip(&spec.manifest.devices)
+            .map(|(view, device)| {
+                let logical = &device.logical_device;
+                (view.name.clone(), logical.id.clone(), self.next_epoch(&logical.id, logical.epoch))
+            })
+            .collect();
+        let hold_limit = hold_timeout.unwrap_or(self.config.defaults.hold_timeout);
+        let terms = RestoreTerms {
+            after: match spec.after {
+                AfterRestore::Run => AfterLoad::Run,
+                AfterRestore::Hold { .. } => AfterLoad::Hold,
+            },
+            hold_limit,
+            ready_limit: self.config.defaults.hold_timeout,
+        };
+        let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
+        let (entry, lease, arrival) = self.admit(&found, blockers, job, devices, owner_pod, starter).await?;
+        for (index, device) in spec.manifest.devices.iter().enumerate() {
+            entry.expects(index, admission::size(device.data_size));
+        }
+        let span = run::span(self, &entry);
+        let work = run::restore(Arc::clone(self), Arc::clone(&entry), lease, terms, spec.manifest, arrival);
+        tokio::spawn(work.instrument(span));
+        Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
+    }
+
+    async fn lock(&self, starter: &Starter) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        match starter.key() {
+            Some(key) => Some(self.operations.lock_request(&key).await),
+            None => None,
+        }
+    }
+
+    fn started_before(&self, starter: &Starter) -> Result<Option<Arc<Entry>>, Refusal> {
+        let (Some(key), Some((_, digest))) = (starter.key(), &starter.request) else { return Ok(None) };
+        let Some(record) = self.operations.request(&key) else { return Ok(None) };
+        match &record.answer {
+            RequestAnswer::Operation(name) if record.digest == hex(digest) => Ok(self.operations.get(name)),
+            RequestAnswer::Operation(_) | RequestAnswer::Reset { .. } => Err(Refusal::RequestIdReused),
+        }
+    }
+
+    /// Reads the devices of a set back, all at once.
+    async fn look(&self, names: &[DeviceName]) -> Found {
+        let missing =
+            names.iter().filter(|name| self.registry.get(name).is_none()).map(admission::not_found).collect();
+        let slots: Vec<Arc<Slot>> =
+            names.iter().filter_map(|name| self.registry.get(name).cloned()).collect();
+        let views = join_all(slots.iter().map(|slot| slot.refresh())).await;
+        Found { slots, views, missing }
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            rate_bytes_per_second: self.config.defaults.rate_bytes_per_second,
+            max_device_bytes: self.config.limits.max_device_bytes,
+        }
+    }
+
+    /// Whether the agent itself takes no operation now.
+    fn busy(&self) -> Option<Blocker> {
+        let most = self.config.limits.max_operations;
+        if self.is_ending() {
+            return Some(Blocker::set(BlockerReason::AgentBusy, "the agent is shutting down"));
+        }
+        (*self.operations.running().borrow() >= most).then(|| too_many(most))
+    }
+
+    fn check_ending(&self) -> Result<(), Refusal> {
+        if self.is_ending() { Err(Refusal::ShuttingDown) } else { Ok(()) }
+    }
+
+    fn waits_within(&self, field: &str, asked: Option<Duration>) -> Result<(), Refusal> {
+        let most = self.config.limits.max_wait;
+        match asked {
+            Some(asked) if asked > most => Err(Refusal::invalid(
+                field,
+                format!("is longer than limits.max_wait of this agent, {}", humantime::format_duration(most)),
+            )),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Leases, records, and seats an operation, or says what is in the way. Where it fails nothing is left behind.
+    async fn admit(
+        self: &Arc<Self>,
+        found: &Found,
+        mut blockers: Vec<Blocker>,
+        job: JobRecord,
+        devices: Vec<(DeviceName, LogicalDeviceId, Epoch)>,
+        owner_pod: String,
+        starter: Starter,
+    ) -> Result<(Arc<Entry>, Lease, run::Arrival), Refusal> {
+        let now = self.environment.unix_now();
+        let name = self.operations.new_name(now, &*self.environment.executor);
+        if blockers.is_empty() && devices.len() != found.slots.len() {
+            blockers.push(Blocker::set(BlockerReason::OutOfService, "a device of the set was never opened"));
+        }
+        if !blockers.is_empty() {
+            return Err(Refusal::Blocked(blockers));
+        }
+        let lease = self
+            .registry
+            .lease(found.slots.clone(), &name)
+            .map_err(|leased| Refusal::Blocked(leased.into_iter().map(Into::into).collect()))?;
+        // Looked at before it was leased: another operation may have had it in between.
+        let moved_on: Vec<Blocker> = lease
+            .slots()
+            .iter()
+            .zip(&found.views)
+            .filter(|(slot, view)| !slot.view().is_still(view))
+            .map(|(slot, _)| {
+                let message = "another operation had it until just now; try again";
+                Blocker::device(BlockerReason::Leased, slot.name(), message)
+            })
+            .collect();
+        if !moved_on.is_empty() {
+            return Err(Refusal::Blocked(moved_on));
+        }
+        let most = self.config.limits.max_operations;
+        let Some(seat) = Seat::take(self, most) else {
+            return Err(Refusal::Blocked(vec![too_many(most)]));
+        };
+        let request = starter.key().zip(starter.request.as_ref().map(|(_, digest)| hex(digest)));
+        let fixed = Fixed {
+            name: name.clone(),
+            job,
+            devices: devices
+                .into_iter()
+                .map(|(device, logical, epoch)| OperationDeviceRecord { device, logical, epoch, seal: None })
+                .collect(),
+            caller: starter.caller,
+            request_id: starter.request.map(|(id, _)| id.to_string()),
+            owner_pod,
+            created: now,
+            trace_id: starter.trace_id,
+        };
+        let (entry, arrival) = Entry::new(fixed, now.after(self.config.defaults.stream_open_timeout));
+        let entry = Arc::new(entry);
+        let mut changes = vec![Change::Operation(Box::new(entry.record(RecordedStep::Admitted)))];
+        let request = request.map(|(key, digest)| {
+            (key, RequestRecord { digest, at: now, answer: RequestAnswer::Operation(name) })
+        });
+        if let Some((key, record)) = request.clone() {
+            changes.push(Change::Request(key, record));
+        }
+        self.journal.commit(changes).await?;
+        if let Some((key, record)) = request {
+            self.operations.set_request(key, record);
+        }
+        self.operations.insert(Arc::clone(&entry));
+        seat.keep();
+        if !entry.fixed.owner_pod.is_empty() {
+            for slot in lease.slots() {
+                slot.set_owner_pod(entry.fixed.owner_pod.clone());
+            }
+        }
+        Ok((entry, lease, arrival))
+    }
+
+    /// The epoch under which a logical device runs next: higher than any that this agent has seen of it.
+    fn next_epoch(&self, logical: &LogicalDeviceId, stated: Epoch) -> Epoch {
+        let here = self.registry.all().filter_map(|slot| slot.view().record);
+        let highest = here
+            .filter(|record| record.logical == *logical)
+            .map(|record| record.epoch)
+            .fold(stated, Ord::max);
+        Epoch(highest.0.saturating_add(1))
+    }
+}
+
+impl Starter {
+    fn key(&self) -> Option<RequestKey> {
+        let (request_id, _) = self.request.as_ref()?;
+        Some(RequestKey { caller: self.caller.clone(), request_id: request_id.to_string() })
+    }
+}
+
+/// How long a save waits for what.
+struct Waits {
+    pre_copy: Option<Duration>,
+    cutover: Option<Duration>,
+    hold: Option<Duration>,
+}
+
+impl Waits {
+    fn of(spec: &SaveRequestSpec) -> Self {
+        Self {
+            pre_copy: match spec.pre_copy {
+                PreCopy::IfAble { budget } | PreCopy::Required { budget } => budget,
+                PreCopy::Never => None,
+            },
+            cutover: match spec.cutover {
+                domain::Cutover::Manual { timeout } => timeout,
+                domain::Cutover::Auto => None,
+            },
+            hold: match spec.after {
+                domain::AfterSave::Hold { timeout } => timeout,
+                domain::AfterSave::Resume | domain::AfterSave::StayStopped => None,
+            },
+        }
+    }
+}
+
+/// What was found of a set.
+struct Found {
+    slots: Vec<Arc<Slot>>,
+    views: Vec<DeviceView>,
+    missing: Vec<Blocker>,
+}
+
+/// Room for one more operation, given back unless it is kept.
+struct Seat<'a> {
+    core: &'a Core,
+    kept: bool,
+}
+
+impl<'a> Seat<'a> {
+    fn take(core: &'a Core, most: usize) -> Option<Self> {
+        core.operations.reserve(most).then_some(Self { core, kept: false })
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.core.operations.release();
+        }
+    }
+}
+
+fn too_many(most: usize) -> Blocker {
+    let message = format!(
+        "the agent has {most} operations, as many as limits.max_operations allows; wait for one to end, or cancel one"
+    );
+    Blocker::set(BlockerReason::AgentBusy, message)
+}
+
+pub(crate) fn hex(digest: &[u8; 32]) -> String {
+    use std::fmt::Write as _;
+    digest.iter().fold(String::with_capacity(64), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

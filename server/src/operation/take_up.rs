@@ -1,0 +1,243 @@
+//! What becomes of operations that were under way when the agent ended.
+//!
+//! ```text
+//!   journal says    devices kept open           not kept
+//!   Admitted        undone: RUNNING             reset by the last close: STATE_LOST
+//!   Begun           undone: RUNNING (a save),   STATE_LOST
+//!                   reset (a restore)
+//!   Held            the hold goes on            STATE_LOST
+//!   Running         they go on to RUNNING       STATE_LOST
+//!   Stopped         nothing left to do          STATE_LOST, and the checkpoint stands
+//! ```
+//! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tracing::Instrument as _;
+use vfio_checkpoint_device::operation::{
+    self, BoxError, LoadedBefore, Owner, RecordedRestore, RecordedSave, StateSink,
+};
+use vfio_checkpoint_device::{Call, ConfigCapture, Rearm, VerifiedSeal};
+use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, RestorePlan, Role, SavePlan, SaveState, Validity};
+
+use super::caller::EntryCaller;
+use super::end::{self, End};
+use super::entry::Entry;
+use super::record::{AfterRecord, JobRecord, OperationDeviceRecord, RecordedStep};
+use super::run::{finish, lanes, span};
+use crate::core::Core;
+use crate::failpoint::reached;
+use crate::registry::opening::Arrived;
+use crate::registry::{Lease, Slot};
+
+/// An operation that was under way, as the journal has it.
+#[derive(Debug)]
+pub struct Unfinished {
+    /// The operation.
+    pub entry: Arc<Entry>,
+    /// How far it was.
+    pub step: RecordedStep,
+}
+
+impl Core {
+    /// Takes an operation up. `arrived` says how each of its devices came to be open. Where it has to wait for its
+    /// caller it goes on in a task; else it is over when this returns.
+    pub async fn take_up(self: &Arc<Self>, unfinished: Unfinished, arrived: &[Arrived]) {
+        let Unfinished { entry, step } = unfinished;
+        let slots =
+            entry.device_names().filter_map(|name| self.registry.get(name).cloned()).collect::<Vec<_>>();
+        let whole = slots.len() == entry.fixed.devices.len();
+        let lease = match self.registry.lease(slots, &entry.fixed.name) {
+            Ok(lease) => lease,
+            Err(leased) => {
+                // Two records claim one device, which no run of this agent writes.
+                tracing::error!(operation = %entry.fixed.name, ?leased, "not taken up: its devices are claimed twice");
+                return;
+            }
+        };
+        // Kept, and yet not what the operation had: reset since, by a start of the agent that did not come to its end.
+        let devices = entry.fixed.devices.iter().zip(arrived);
+        let arrived: Vec<Arrived> = devices
+            .filter_map(|(device, how)| {
+                let slot = self.registry.get(&device.device)?;
+                Some(if is_same(slot, device, entry.fixed.job, &step) { *how } else { Arrived::Opened })
+            })
+            .collect();
+        let span = span(self, &entry);
+        let core = Arc::clone(self);
+        let kept = whole
+            && arrived.len() == lease.slots().len()
+            && arrived.iter().all(|how| *how == Arrived::Adopted);
+        let waits = matches!(step, RecordedStep::Held { .. });
+        let work = async move {
+            tracing::warn!(?step, kept, "taken up after the agent ended");
+            reached(format_args!("take-up begins"));
+            let ended = if kept {
+                adopted(&core, &entry, &lease, step).await
+            } else {
+                not_kept(&entry, &lease, &step, &arrived).await
+            };
+            finish(&core, &entry, lease, ended).await;
+        }
+        .instrument(span);
+        if kept && waits {
+            tokio::spawn(work);
+        } else {
+            work.await;
+        }
+    }
+}
+
+/// Whether what lives in a device is what the operation at `step` had there. A device that is opened gets a new logical
+/// device. A restore that does not run yet replaces what was there, whatever it was, and its device stands in RESUMING where
+/// it was not reset.
+fn is_same(slot: &Slot, device: &OperationDeviceRecord, job: JobRecord, step: &RecordedStep) -> bool {
+    match (job, step) {
+        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Running { .. }) => slot
+            .view()
+            .record
+            .is_some_and(|record| record.logical == device.logical && record.epoch == device.epoch),
+        (
+            JobRecord::Restore { .. },
+            RecordedStep::Admitted
+            | RecordedStep::Begun
+            | RecordedStep::Held { .. }
+            | RecordedStep::Stopped
+            | RecordedStep::Ended(_),
+        ) => true,
+    }
+}
+
+async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: RecordedStep) -> End {
+    let Some(lanes) = lanes(lease) else { return end::not_open() };
+    let remaining = match &step {
+        RecordedStep::Held { deadline } => deadline.remaining(core.environment.unix_now()),
+        RecordedStep::Admitted
+        | RecordedStep::Begun
+        | RecordedStep::Running { .. }
+        | RecordedStep::Stopped
+        | RecordedStep::Ended(_) => Duration::ZERO,
+    };
+    let caller = EntryCaller {
+        core: Arc::clone(core),
+        entry: Arc::clone(entry),
+        hold_limit: remaining,
+        cutover_limit: Duration::ZERO,
+        stream: None,
+        on_record: step.clone().into(),
+    };
+    match entry.fixed.job {
+        JobRecord::Save { pre_copy, barrier, after, .. } => {
+            let after = match after {
+                AfterRecord::Resume => AfterSave::Resume,
+                AfterRecord::Hold => AfterSave::Hold,
+                AfterRecord::StayStopped => AfterSave::StayStopped,
+            };
+            let plan = SavePlan { pre_copy, barrier, cutover: Cutover::Auto, after };
+            let recorded = match step {
+                RecordedStep::Admitted | RecordedStep::Begun => RecordedSave::Unsealed,
+                RecordedStep::Held { .. } => RecordedSave::Held { remaining },
+                RecordedStep::Running { inconsistent } => RecordedSave::Resuming {
+                    checkpoint: if inconsistent { Validity::Inconsistent } else { Validity::Consistent },
+                },
+                RecordedStep::Stopped | RecordedStep::Ended(_) => RecordedSave::Stopped,
+            };
+            let ended = operation::take_up_save(&lanes, plan, recorded, &caller, &mut NoStream).await;
+            match ended {
+                Ok(SaveState::Completed | SaveState::CompletedStopped) => end::sealed_save(entry),
+                Ok(state) => end::unexpected(state),
+                Err(error) => end::failed(entry, lease, &error),
+            }
+        }
+        JobRecord::Restore { .. } if step == RecordedStep::Admitted => end::untouched(),
+        JobRecord::Restore { barrier, hold } => {
+            let plan = RestorePlan { barrier, after: if hold { AfterLoad::Hold } else { AfterLoad::Run } };
+            let seals: Option<Vec<_>> = entry.fixed.devices.iter().map(|device| device.seal).collect();
+            let devices = seals.map(|seals| {
+                let loaded = |seal| LoadedBefore { seal: VerifiedSeal::journaled(seal), rearm: None };
+                seals.into_iter().map(loaded).collect::<Vec<_>>()
+            });
+            let recorded = match (step, devices) {
+                (RecordedStep::Held { .. }, Some(devices)) => RecordedRestore::Held { remaining, devices },
+                (RecordedStep::Running { .. }, Some(devices)) => RecordedRestore::Running { devices },
+                (
+                    RecordedStep::Admitted
+                    | RecordedStep::Begun
+                    | RecordedStep::Held { .. }
+                    | RecordedStep::Running { .. }
+                    | RecordedStep::Stopped
+                    | RecordedStep::Ended(_),
+                    _,
+                ) => RecordedRestore::Unloaded,
+            };
+            let terms_ready = core.config.defaults.hold_timeout;
+            let ended =
+                operation::take_up_restore(&lanes, plan, recorded, terms_ready, &caller, &mut NoStream).await;
+            end::of_restore(entry, lease, ended)
+        }
+    }
+}
+
+/// Brings back what was kept of a set, alone, and says what became of the rest.
+async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[Arrived]) -> End {
+    let role = match (entry.fixed.job, step) {
+        // Nothing of the restore had begun: what is in the devices is their own.
+        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Admitted) => Role::Source,
+        (
+            JobRecord::Restore { .. },
+            RecordedStep::Begun
+            | RecordedStep::Held { .. }
+            | RecordedStep::Running { .. }
+            | RecordedStep::Stopped
+            | RecordedStep::Ended(_),
+        ) => Role::Destination,
+    };
+    let (mut lost, mut quarantined) = (Vec::new(), Vec::new());
+    for (slot, how) in lease.slots().iter().zip(arrived) {
+        match how {
+            Arrived::Opened | Arrived::Not => lost.push(slot.name().clone()),
+            // It stays stopped as was asked for: its checkpoint may run elsewhere.
+            Arrived::Adopted if *step == RecordedStep::Stopped => {}
+            Arrived::Adopted => {
+                let Some(lane) = slot.lane() else { continue };
+                let back =
+                    lane.start(Call::GetState, move |driver| driver.recover_left_over(role)).finished().await;
+                if !matches!(back, Ok(Ok(_))) {
+                    quarantined.push(slot.name().clone());
+                }
+            }
+        }
+    }
+    end::not_kept(entry, lost, quarantined, step)
+}
+
+/// What a taken-up operation has in place of a stream: nothing comes and nothing goes.
+#[derive(Debug)]
+struct NoStream;
+
+impl StateSink for NoStream {
+    async fn chunk(&mut self, _device: usize, _bytes: Bytes) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    async fn seal(&mut self, _config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    /// The mark is in the journal.
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+impl Owner for NoStream {
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,236 @@
+//! How a configured device comes to be open: adopted from the holder, or opened, which resets it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use vfio_checkpoint_device::address::{Access, Keepsake, Opened as OpenDevice};
+use vfio_checkpoint_device::{Call, DeviceLane, Driver, chain};
+use vfio_checkpoint_fsm::{Role, State};
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId};
+
+use super::keeper::Keeper;
+use super::slot::{Facts, Opened, Slot};
+use super::view::Standing;
+use crate::core::Core;
+use crate::environment::Environment;
+use crate::failpoint::reached;
+use crate::journal::{Change, DeviceRecord, Journal};
+
+/// How a device came to be open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrived {
+    /// As the agent before had it.
+    Adopted,
+    /// Opened, and so reset.
+    Opened,
+    /// Not at all.
+    Not,
+}
+
+/// Why a device that the holder keeps is not taken over.
+#[derive(Debug)]
+enum NotAdopted {
+    /// Something else is in the way: the journal, a thread. The device is as it was.
+    Yet(String),
+    /// It cannot be: what is in it counts as lost.
+    Lost(String),
+}
+
+/// What is needed to open devices.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    /// Clocks and lanes.
+    pub environment: Environment,
+    /// What must outlive the agent.
+    pub journal: Journal,
+    /// The holder, where there is one.
+    pub keeper: Option<Keeper>,
+    /// A call on a device that takes longer puts it out of service.
+    pub call_limit: std::time::Duration,
+}
+
+impl Opener {
+    /// Brings a slot's device in. `before` is what the journal says of it.
+    pub async fn bring_in(&self, slot: &Arc<Slot>, before: Option<DeviceRecord>) -> Arrived {
+        let kept = match &self.keeper {
+            Some(keeper) => match keeper.take(slot.name().clone()).await {
+                Ok(kept) => kept,
+                Err(error) => {
+                    // Opening it might reset what the holder keeps.
+                    slot.unavailable(chain(&error));
+                    return Arrived::Not;
+                }
+            },
+            None => None,
+        };
+        if let Some(keepsake) = kept {
+            reached(format_args!("boot: keepsake taken"));
+            match self.adopt(slot, keepsake, before.as_ref()).await {
+                Ok(()) => return Arrived::Adopted,
+                // What is in the way is not the device: it stays with the holder as it is, for the next try.
+                Err(NotAdopted::Yet(problem)) => {
+                    tracing::error!(device = %slot.name(), problem, "not adopted yet; the holder keeps it");
+                    slot.unavailable(problem);
+                    return Arrived::Not;
+                }
+                Err(NotAdopted::Lost(problem)) => {
+                    tracing::error!(device = %slot.name(), problem, "not adopted; it is opened anew, its state is lost");
+                    if let Some(keeper) = &self.keeper
+                        && let Err(error) = keeper.let_go(slot.name().clone()).await
+                    {
+                        slot.unavailable(chain(&error));
+                        return Arrived::Not;
+                    }
+                }
+            }
+        }
+        match self.open(slot, before.as_ref()).await {
+            Ok(()) => Arrived::Opened,
+            Err(standing) => {
+                tracing::warn!(device = %slot.name(), problem = standing.detail(), "not open");
+                slot.not_open(standing);
+                Arrived::Not
+            }
+        }
+    }
+
+    async fn adopt(
+        &self,
+        slot: &Arc<Slot>,
+        keepsake: Keepsake,
+        before: Option<&DeviceRecord>,
+    ) -> Result<(), NotAdopted> {
+        let (address, access) = (slot.address().clone(), self.access(slot));
+        let adopted = self
+            .environment
+            .blocking("adopt", move || address.adopt(keepsake, access))
+            .await
+            .map_err(|error| NotAdopted::Yet(error.to_string()))?
+            .map_err(|error| NotAdopted::Lost(chain(&error)))?;
+        let record = before.cloned().unwrap_or_else(|| self.new_record(None));
+        self.take_in(slot, adopted, record).await.map_err(NotAdopted::Yet)
+    }
+
+    async fn open(&self, slot: &Arc<Slot>, before: Option<&DeviceRecord>) -> Result<(), Standing> {
+        let (address, access) = (slot.address().clone(), self.access(slot));
+        let opened = self
+            .environment
+            .blocking("open", move || address.open(access))
+            .await
+            .map_err(|error| Standing::Unavailable(error.to_string()))?
+            .map_err(|error| {
+                let stands =
+                    if error.is_not_migratable() { Standing::NotMigratable } else { Standing::Unavailable };
+                stands(chain(&error))
+            })?;
+        // Opening resets: whatever lived here is gone. A quarantine was about what was gone with it.
+        let record = self.new_record(before.and_then(|before| before.rate_bytes_per_second));
+        self.take_in(slot, opened, record).await.map_err(Standing::Unavailable)
+    }
+
+    async fn take_in(
+        &self,
+        slot: &Arc<Slot>,
+        opened: OpenDevice,
+        record: DeviceRecord,
+    ) -> Result<(), String> {
+        let OpenDevice { device, keepsake, sim } = opened;
+        let driver = Driver::new(device);
+        let facts = Facts {
+            driver: driver.identity().driver.clone(),
+            capabilities: *driver.capabilities(),
+            fingerprint: driver.fingerprint().clone(),
+        };
+        let lane = DeviceLane::new(driver, Arc::clone(&self.environment.executor), self.call_limit)
+            .map_err(|error| format!("its thread cannot be started: {error}"))?;
+        reached(format_args!("boot: device open"));
+        if record.quarantined {
+            let quarantine = lane.start(Call::GetState, Driver::quarantine).finished().await;
+            quarantine.map_err(|hung| hung.to_string())?;
+        }
+        let change = Change::Device(slot.name().clone(), record.clone());
+        self.journal.commit(vec![change]).await.map_err(|error| chain(&error))?;
+        // After it is on record what lives in the device: one that was opened anew, and so reset, is kept from here on, and
+        // the next agent must not take it for the one that an operation had.
+        if let (Some(keeper), Some(keepsake)) = (&self.keeper, keepsake)
+            && let Err(error) = keeper.put(slot.name().clone(), keepsake).await
+        {
+            // It works without; the keeper tries again and says so.
+            tracing::error!(device = %slot.name(), error = %chain(&error), "not kept by the holder");
+        }
+        reached(format_args!("boot: device kept"));
+        slot.opened(Opened { lane, facts, record, sim });
+        slot.read_back().await;
+        Ok(())
+    }
+
+    fn access(&self, slot: &Slot) -> Access {
+        Access {
+            name: Some(slot.name().id().to_owned()),
+            path: slot.path(),
+            clock: Arc::new(crate::environment::ExecutorClock(Arc::clone(&self.environment.executor))),
+            keep: self.keeper.is_some(),
+            ..Access::default()
+        }
+    }
+
+    fn new_record(&self, rate_bytes_per_second: Option<u64>) -> DeviceRecord {
+        DeviceRecord {
+            logical: new_logical(&self.environment),
+            epoch: Epoch(1),
+            rate_bytes_per_second,
+            quarantined: false,
+            left_stopped: false,
+        }
+    }
+}
+
+/// A logical device that nobody has seen before.
+pub fn new_logical(environment: &Environment) -> LogicalDeviceId {
+    let random = u128::from(environment.executor.random()) << 64 | u128::from(environment.executor.random());
+    LogicalDeviceId::from_bytes(random.to_be_bytes())
+}
+
+/// Tries again, for as long as the agent lives, to open what could not be opened.
+///
+/// `before` is what the journal said of the devices when the agent began: one that is adopted late comes with it.
+pub async fn retry_unavailable(core: Arc<Core>, opener: Opener, before: BTreeMap<DeviceName, DeviceRecord>) {
+    const EVERY: std::time::Duration = std::time::Duration::from_secs(30);
+    loop {
+        core.environment.sleep(EVERY).await;
+        for slot in core.registry.all() {
+            if slot.lane().is_none() && slot.leased_by().is_none() {
+                let before = slot.view().record.or_else(|| before.get(slot.name()).cloned());
+                if opener.bring_in(slot, before).await != Arrived::Not {
+                    tracing::info!(device = %slot.name(), "open now");
+                    bring_back_unclaimed(&core, slot).await;
+                }
+            }
+        }
+    }
+}
+
+/// A device that nobody claims runs, unless it was left stopped on request, or waits for somebody to decide.
+pub async fn bring_back_unclaimed(core: &Core, slot: &Slot) {
+    let (Some(lane), None) = (slot.lane(), slot.leased_by()) else { return };
+    let view = slot.view();
+    let Some(record) = view.record else { return };
+    let runs = matches!(view.state, Some((State::Running, _)));
+    if runs || record.left_stopped || record.quarantined {
+        return;
+    }
+    tracing::warn!(device = %slot.name(), state = ?view.state, "claimed by no operation; it is brought back");
+    let back = lane.start(Call::GetState, |driver| driver.recover_left_over(Role::Source)).finished().await;
+    if let Ok(Err(failure)) = &back {
+        tracing::error!(device = %slot.name(), %failure, "not brought back; it is quarantined");
+    }
+    slot.read_back().await;
+    if matches!(back, Ok(Err(_))) {
+        let record = DeviceRecord { quarantined: true, ..record };
+        let change = Change::Device(slot.name().clone(), record.clone());
+        if let Err(error) = core.journal.commit(vec![change]).await {
+            tracing::error!(error = %chain(&error), "a quarantine cannot be recorded");
+        }
+        slot.set_record(record);
+    }
+}

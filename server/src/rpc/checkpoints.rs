@@ -1,0 +1,221 @@
+//! `CheckpointService`.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+use vfio_checkpoint_client::transfer::{Link, LinkError};
+use vfio_checkpoint_proto::digest::body_digest;
+use vfio_checkpoint_proto::domain::{RestoreSpec, SaveRequestSpec, StreamOpen, StreamRole, operation_name};
+use vfio_checkpoint_proto::ids::RequestId;
+use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointService;
+use vfio_checkpoint_proto::v1::stream_message::Kind;
+use vfio_checkpoint_proto::version::{VersionRange, negotiate};
+
+use super::{Refusal, audit, caller, messages, open, own_entry, spec, to_its_end};
+use crate::core::Core;
+use crate::operation::record::JobRecord;
+use crate::operation::{Entry, Refused, Starter};
+use crate::security::authorize::Caller;
+use crate::security::roles::Role;
+use crate::telemetry;
+use crate::transfer::Attached;
+
+/// How long the first message of a stream may take.
+const OPEN_WITHIN: Duration = Duration::from_secs(10);
+
+/// Saves and restores.
+#[derive(Debug, Clone)]
+pub struct Checkpoints {
+    core: Arc<Core>,
+}
+
+impl Checkpoints {
+    /// Those of `core`.
+    pub fn new(core: Arc<Core>) -> Self {
+        Self { core }
+    }
+
+    /// Says something to an operation on behalf of its caller.
+    fn say(
+        &self,
+        caller: &Caller,
+        operation: &str,
+        say: impl FnOnce(&Entry) -> Result<(), Refused>,
+    ) -> Result<Arc<Entry>, Refusal> {
+        let name = operation_name("operation", operation)?;
+        let entry = own_entry(&self.core, &name, caller)?;
+        say(&entry).map_err(|refused| Refusal::Operation { operation: name, refused })?;
+        Ok(entry)
+    }
+
+    /// The role that an operation takes beside its being the caller's own: Resume and `StreamState` are for savers and
+    /// restorers alike, and only the operation tells which.
+    fn fits(caller: &Caller, entry: &Entry) -> Result<(), Refusal> {
+        let (role, fits) = match entry.fixed.job {
+            JobRecord::Save { .. } => ("saver", caller.roles.contains(Role::Saver)),
+            JobRecord::Restore { .. } => ("restorer", caller.roles.contains(Role::Restorer)),
+        };
+        if fits || caller.roles.contains(Role::Peer) || caller.roles.contains(Role::Admin) {
+            Ok(())
+        } else {
+            Err(Refusal::RoleOfOperation { operation: entry.fixed.name.clone(), role })
+        }
+    }
+
+    async fn attach(
+        &self,
+        caller: &Caller,
+        mut incoming: Streaming<v1::StreamStateRequest>,
+        operation: &mut String,
+    ) -> Result<Pin<Box<dyn Stream<Item = Result<v1::StreamStateResponse, Status>> + Send>>, Refusal> {
+        let first = tokio::select! {
+            first = incoming.message() => first,
+            () = self.core.environment.sleep(OPEN_WITHIN) => {
+                let within = humantime::format_duration(OPEN_WITHIN);
+                return Err(Refusal::StreamOpen(format!("no StreamOpen came within {within}")));
+            }
+        };
+        let first = first
+            .map_err(|status| Refusal::StreamOpen(format!("no StreamOpen came: {}", status.message())))?;
+        let kind = first.and_then(|request| request.message).and_then(|message| message.kind);
+        let Some(Kind::Open(wire)) = kind else {
+            return Err(Refusal::StreamOpen("the first message of a stream has to be StreamOpen".to_owned()));
+        };
+        operation.clone_from(&wire.operation);
+        let open = StreamOpen::try_from(wire).map_err(|invalid| invalid.within("message.open"))?;
+        let name = open.operation;
+        let entry = own_entry(&self.core, &name, caller)?;
+        Self::fits(caller, &entry)?;
+        let (kind, role) = match entry.fixed.job {
+            JobRecord::Save { .. } => ("save", StreamRole::Taker),
+            JobRecord::Restore { .. } => ("restore", StreamRole::Giver),
+        };
+        if open.role != role {
+            let role = match role {
+                StreamRole::Taker => "TAKER",
+                StreamRole::Giver => "GIVER",
+            };
+            return Err(Refusal::StreamRole { operation: name, kind, role });
+        }
+        let version = negotiate(VersionRange::OURS, open.versions)
+            .map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
+        let (outgoing, from_operation) = Link::outgoing_channel();
+        let incoming = incoming.map(|request| match request {
+            Ok(request) => Ok(request.message.unwrap_or_default()),
+            Err(status) => {
+                Err(LinkError::failed(format!("the caller's stream failed: {}", status.message()), status))
+            }
+        });
+        let link = Link::new(incoming, outgoing.clone());
+        let attached = Attached { link, version, max_chunk_bytes: open.max_chunk_bytes, outgoing };
+        entry.attach(attached).map_err(|refused| Refusal::Operation { operation: name, refused })?;
+        let messages = ReceiverStream::new(from_operation)
+            .map(|message| Ok(v1::StreamStateResponse { message: Some(message) }));
+        Ok(Box::pin(messages))
+    }
+}
+
+/// Who starts an operation, by a request of this digest.
+fn starter(caller: &Caller, request_id: Option<RequestId>, digest: [u8; 32]) -> Starter {
+    Starter {
+        caller: caller.identity.to_string(),
+        request: request_id.map(|id| (id, digest)),
+        trace_id: telemetry::current_trace_id(),
+    }
+}
+
+#[tonic::async_trait]
+impl CheckpointService for Checkpoints {
+    async fn start_save(
+        &self,
+        request: Request<v1::StartSaveRequest>,
+    ) -> Result<Response<v1::StartSaveResponse>, Status> {
+        let (caller, wire) = open(request)?;
+        let resource = wire.devices.join(",");
+        let validated = wire.validate_only;
+        let started = async {
+            let digest = body_digest(&wire);
+            let spec: SaveRequestSpec = spec(wire)?;
+            let starter = starter(&caller, spec.request_id.clone(), digest);
+            let core = Arc::clone(&self.core);
+            to_its_end(async move { core.start_save(spec, starter).await }).await
+        }
+        .await;
+        if !validated {
+            audit(&caller, "StartSave", &resource, &started);
+        }
+        let started = started?;
+        Ok(Response::new(v1::StartSaveResponse {
+            operation: started.entry.as_deref().map(messages::operation),
+            blockers: started.blockers.iter().map(messages::blocker).collect(),
+            prediction: started.prediction.as_ref().map(messages::prediction),
+        }))
+    }
+
+    type StreamStateStream = Pin<Box<dyn Stream<Item = Result<v1::StreamStateResponse, Status>> + Send>>;
+
+    async fn stream_state(
+        &self,
+        request: Request<Streaming<v1::StreamStateRequest>>,
+    ) -> Result<Response<Self::StreamStateStream>, Status> {
+        let caller = caller(request.extensions())?;
+        let mut operation = String::new();
+        let attached = self.attach(&caller, request.into_inner(), &mut operation).await;
+        audit(&caller, "StreamState", &operation, &attached);
+        Ok(Response::new(attached?))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<v1::RestoreRequest>,
+    ) -> Result<Response<v1::RestoreResponse>, Status> {
+        let (caller, wire) = open(request)?;
+        let resource = wire.devices.join(",");
+        let validated = wire.validate_only;
+        let started = async {
+            let digest = body_digest(&wire);
+            let spec: RestoreSpec = spec(wire)?;
+            let starter = starter(&caller, spec.request_id.clone(), digest);
+            let core = Arc::clone(&self.core);
+            to_its_end(async move { core.start_restore(spec, starter).await }).await
+        }
+        .await;
+        if !validated {
+            audit(&caller, "Restore", &resource, &started);
+        }
+        let started = started?;
+        Ok(Response::new(v1::RestoreResponse {
+            operation: started.entry.as_deref().map(messages::operation),
+            blockers: started.blockers.iter().map(messages::blocker).collect(),
+        }))
+    }
+
+    async fn cutover(
+        &self,
+        request: Request<v1::CutoverRequest>,
+    ) -> Result<Response<v1::CutoverResponse>, Status> {
+        let (caller, wire) = open(request)?;
+        let said = self.say(&caller, &wire.operation, Entry::cutover);
+        audit(&caller, "Cutover", &wire.operation, &said);
+        Ok(Response::new(v1::CutoverResponse { operation: Some(messages::operation(&*said?)) }))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<v1::ResumeRequest>,
+    ) -> Result<Response<v1::ResumeResponse>, Status> {
+        let (caller, wire) = open(request)?;
+        let said = (|| {
+            let name = operation_name("operation", &wire.operation)?;
+            Self::fits(&caller, &*own_entry(&self.core, &name, &caller)?)?;
+            self.say(&caller, &wire.operation, Entry::resume)
+        })();
+        audit(&caller, "Resume", &wire.operation, &said);
+        Ok(Response::new(v1::ResumeResponse { operation: Some(messages::operation(&*said?)) }))
+    }
+}

@@ -1,0 +1,122 @@
+//! The doors: thin handlers that validate, ask the core, and answer.
+//!
+//! ```text
+//!   request --TryFrom--> spec --> core --> message
+//!                 \--> Refusal --status--> google.rpc details
+//! ```
+//! What a handler starts goes on where its caller hangs up: each change is a task of its own.
+
+mod checkpoints;
+mod devices;
+mod messages;
+mod operations;
+mod status;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tonic::{Extensions, Request, Status};
+use vfio_checkpoint_proto::domain::Invalid;
+use vfio_checkpoint_proto::ids::OperationName;
+
+pub use checkpoints::Checkpoints;
+pub use devices::Devices;
+pub(crate) use messages::phase as wire_phase;
+pub use operations::OperationsService;
+pub use status::{DOMAIN, Refusal};
+
+use crate::core::Core;
+use crate::operation::Entry;
+use crate::security::audit::{self, AuditResult};
+use crate::security::authorize::Caller;
+use crate::security::roles::Role;
+
+/// Who calls, by the verified certificate. The layer before has put it there.
+fn caller(extensions: &Extensions) -> Result<Caller, Status> {
+    extensions
+        .get::<Caller>()
+        .cloned()
+        .ok_or_else(|| Status::unauthenticated("the call has no verified caller"))
+}
+
+/// The spec that a request makes, or the field that is wrong.
+fn spec<W, S: TryFrom<W, Error = Invalid>>(wire: W) -> Result<S, Refusal> {
+    Ok(S::try_from(wire)?)
+}
+
+/// Runs a change to its end, also where its caller hangs up meanwhile.
+async fn to_its_end<T: Send + 'static>(
+    change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+) -> Result<T, Refusal> {
+    use tracing::Instrument as _;
+    tokio::spawn(change.in_current_span()).await.unwrap_or(Err(Refusal::Died))
+}
+
+/// The longest page in bytes: what every gRPC client takes, with room to spare.
+const MAX_PAGE_BYTES: usize = 1 << 20;
+
+/// The first of `items` as messages, at most `size` and as many as a page can hold, but one at least; and whether there
+/// are more.
+fn page<T, M: prost::Message>(items: &[T], size: usize, message: impl Fn(&T) -> M) -> (Vec<M>, bool) {
+    let mut bytes = 0;
+    let mut messages = Vec::new();
+    for item in items.iter().take(size) {
+        let next = message(item);
+        bytes += next.encoded_len();
+        if bytes > MAX_PAGE_BYTES && !messages.is_empty() {
+            break;
+        }
+        messages.push(next);
+    }
+    let more = messages.len() < items.len();
+    (messages, more)
+}
+
+/// An operation, where there is one.
+fn entry(core: &Core, name: &OperationName) -> Result<Arc<Entry>, Refusal> {
+    core.operations.get(name).ok_or_else(|| Refusal::OperationNotFound(name.clone()))
+}
+
+/// An operation that the caller may have a say in: whoever started it, and an admin.
+fn own_entry(core: &Core, name: &OperationName, caller: &Caller) -> Result<Arc<Entry>, Refusal> {
+    let entry = entry(core, name)?;
+    if entry.fixed.caller == caller.identity.to_string() || caller.roles.contains(Role::Admin) {
+        Ok(entry)
+    } else {
+        Err(Refusal::NotYours(name.clone()))
+    }
+}
+
+/// One line for what the caller made of its authority.
+fn audit<T>(caller: &Caller, action: &str, resource: &str, done: &Result<T, Refusal>) {
+    let result = match done {
+        Ok(_) => AuditResult::Succeeded,
+        Err(refusal) => AuditResult::Failed { reason: refusal.reason() },
+    };
+    audit::record(caller, action, resource, result);
+}
+
+/// The message of a request with its caller.
+fn open<T>(request: Request<T>) -> Result<(Caller, T), Status> {
+    let caller = caller(request.extensions())?;
+    Ok((caller, request.into_inner()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::page;
+
+    #[test]
+    fn a_page_is_bounded_by_its_number_and_by_its_bytes() {
+        let long = vec!["x".repeat(400 << 10); 5];
+        let count = |size| {
+            let (messages, more) = page(&long, size, Clone::clone);
+            (messages.len(), more)
+        };
+        assert_eq!(count(1), (1, true));
+        assert_eq!(count(5), (2, true), "two fit into a mebibyte");
+        let (huge, more) = page(&["x".repeat(2 << 20)], 10, Clone::clone);
+        assert_eq!((huge.len(), more), (1, false), "one at least, or nobody gets past it");
+        assert!(!page(&["a".to_owned(), "b".to_owned()], 2, Clone::clone).1);
+    }
+}

@@ -1,0 +1,239 @@
+//! The one place where a refusal becomes a gRPC status.
+//!
+//! `FAILED_PRECONDITION` means that trying again cannot help, `UNAVAILABLE` that it may, and then `RetryInfo` says when.
+//! `INVALID_ARGUMENT` names the field. Every status carries an `ErrorInfo` with a stable reason of the domain
+//! [`DOMAIN`].
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, PreconditionViolation, StatusExt};
+use vfio_checkpoint_device::chain;
+use vfio_checkpoint_proto::domain::Invalid;
+use vfio_checkpoint_proto::ids::{DeviceName, OperationName};
+
+use crate::journal::JournalError;
+use crate::operation::Refused;
+use crate::operation::admission::Blocker;
+
+/// The domain of all reasons.
+pub const DOMAIN: &str = "vfio.checkpoint.v1";
+
+/// When it makes sense to try again what may work later.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Why a call is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A field of the request.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    /// A page token that this agent did not make.
+    #[error("the page token is not one of this agent; start with the first page")]
+    PageToken,
+    /// No such device.
+    #[error("there is no {0} on this agent; ListDevices shows those that are")]
+    DeviceNotFound(DeviceName),
+    /// No such operation.
+    #[error("there is no {0}; it is of another agent, or finished and forgotten")]
+    OperationNotFound(OperationName),
+    /// Something is in the way.
+    #[error("{}", blockers(.0))]
+    Blocked(Vec<Blocker>),
+    /// An operation does not take that now.
+    #[error("{operation}: {refused}")]
+    Operation {
+        /// Which one.
+        operation: OperationName,
+        /// Why not.
+        #[source]
+        refused: Refused,
+    },
+    /// An operation of somebody else.
+    #[error("{0} was started by another identity, and only that one or an admin may do this")]
+    NotYours(OperationName),
+    /// A log of dirty pages of somebody else.
+    #[error(
+        "the dirty pages of {0} are tracked by another identity, or an operation of one has it; reading the log clears it"
+    )]
+    NotYourLog(DeviceName),
+    /// The role in `StreamOpen` does not fit the operation.
+    #[error("{operation} is a {kind}, so its caller has to be the {role} of the state")]
+    StreamRole {
+        /// Which one.
+        operation: OperationName,
+        /// What it is.
+        kind: &'static str,
+        /// What the caller has to be.
+        role: &'static str,
+    },
+    /// The stream's first message did not come, or was another one.
+    #[error("{0}")]
+    StreamOpen(String),
+    /// No version that both speak.
+    #[error("{0}")]
+    NoCommonVersion(String),
+    /// The request id stands for another request.
+    #[error("the request_id was used with another request before; make up a new one")]
+    RequestIdReused,
+    /// A request id whose reset was under way when the agent ended.
+    #[error("the agent ended while it reset the device, so how that ended is not known; look at the device")]
+    ResetUnknown,
+    /// Nothing can be recorded, so nothing is done.
+    #[error("nothing was done: {}", chain(.0))]
+    Journal(#[from] JournalError),
+    /// A device refused.
+    #[error("{device}: {problem}")]
+    Device {
+        /// Which one.
+        device: DeviceName,
+        /// What it said.
+        problem: String,
+        /// Stable.
+        reason: &'static str,
+    },
+    /// The caller lacks the role that the operation's kind takes.
+    #[error("{operation} takes the role {role}")]
+    RoleOfOperation {
+        /// Which one.
+        operation: OperationName,
+        /// Which role.
+        role: &'static str,
+    },
+    /// The work behind the call died.
+    #[error(
+        "the call died, which is a defect to report; what it had begun is taken up at the agent's next start"
+    )]
+    Died,
+    /// The agent is ending.
+    #[error("the agent is shutting down")]
+    ShuttingDown,
+}
+
+impl Refusal {
+    /// A field that is not as it should be.
+    pub fn invalid(field: &str, problem: impl ToString) -> Self {
+        Self::Invalid(Invalid::new(field, problem))
+    }
+
+    /// The stable reason.
+    pub fn reason(&self) -> &'static str {
+        classify(self).1
+    }
+}
+
+fn blockers(blockers: &[Blocker]) -> String {
+    let list: Vec<String> = blockers
+        .iter()
+        .map(|blocker| match &blocker.device {
+            Some(device) => format!("{device}: {}", blocker.message),
+            None => blocker.message.clone(),
+        })
+        .collect();
+    format!("nothing was touched: {}", list.join("; "))
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let message = refusal.to_string();
+        let (code, reason) = classify(&refusal);
+        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(&refusal));
+        match &refusal {
+            Refusal::Invalid(invalid) => {
+                details.add_bad_request_violation(invalid.field.clone(), invalid.problem.clone());
+            }
+            Refusal::PageToken => {
+                details.add_bad_request_violation("page_token", message.clone());
+            }
+            Refusal::Blocked(blockers) => {
+                details.set_precondition_failure(blockers.iter().map(violation).collect::<Vec<_>>());
+            }
+            Refusal::DeviceNotFound(_)
+            | Refusal::OperationNotFound(_)
+            | Refusal::Operation { .. }
+            | Refusal::NotYours(_)
+            | Refusal::NotYourLog(_)
+            | Refusal::StreamRole { .. }
+            | Refusal::StreamOpen(_)
+            | Refusal::NoCommonVersion(_)
+            | Refusal::RequestIdReused
+            | Refusal::ResetUnknown
+            | Refusal::Journal(_)
+            | Refusal::Device { .. }
+            | Refusal::RoleOfOperation { .. }
+            | Refusal::Died
+            | Refusal::ShuttingDown => {}
+        }
+        if code == Code::Unavailable {
+            details.set_retry_info(Some(RETRY));
+        }
+        Self::with_error_details(code, message, details)
+    }
+}
+
+fn classify(refusal: &Refusal) -> (Code, &'static str) {
+    match refusal {
+        Refusal::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
+        Refusal::PageToken => (Code::InvalidArgument, "INVALID_PAGE_TOKEN"),
+        Refusal::DeviceNotFound(_) => (Code::NotFound, "DEVICE_NOT_FOUND"),
+        Refusal::OperationNotFound(_) => (Code::NotFound, "OPERATION_NOT_FOUND"),
+        Refusal::Blocked(blockers) if blockers.iter().all(Blocker::is_passing) => {
+            (Code::Unavailable, "BLOCKED")
+        }
+        Refusal::Blocked(_) => (Code::FailedPrecondition, "BLOCKED"),
+        Refusal::Operation { refused, .. } => (
+            Code::FailedPrecondition,
+            match refused {
+                Refused::Over => "OPERATION_OVER",
+                Refused::Undone => "OPERATION_UNDONE",
+                Refused::PastNoReturn { .. } => "PAST_NO_RETURN",
+                Refused::NotManual => "NOT_MANUAL",
+                Refused::NoHold => "NO_HOLD",
+                Refused::NotHeld { .. } => "NOT_HELD",
+                Refused::StreamTaken => "STREAM_TAKEN",
+            },
+        ),
+        Refusal::NotYours(_) => (Code::PermissionDenied, "NOT_YOUR_OPERATION"),
+        Refusal::NotYourLog(_) => (Code::PermissionDenied, "NOT_YOUR_DIRTY_LOG"),
+        Refusal::StreamRole { .. } => (Code::FailedPrecondition, "STREAM_ROLE"),
+        Refusal::StreamOpen(_) => (Code::InvalidArgument, "STREAM_OPEN"),
+        Refusal::NoCommonVersion(_) => (Code::FailedPrecondition, "NO_COMMON_VERSION"),
+        Refusal::RequestIdReused => (Code::AlreadyExists, "REQUEST_ID_REUSED"),
+        Refusal::ResetUnknown => (Code::FailedPrecondition, "RESET_UNKNOWN"),
+        Refusal::Journal(_) => (Code::Unavailable, "JOURNAL_FAILED"),
+        Refusal::Device { reason, .. } => (Code::FailedPrecondition, reason),
+        Refusal::RoleOfOperation { .. } => (Code::PermissionDenied, "ROLE_REQUIRED"),
+        Refusal::Died => (Code::Internal, "DEFECT"),
+        Refusal::ShuttingDown => (Code::Unavailable, "SHUTTING_DOWN"),
+    }
+}
+
+fn metadata(refusal: &Refusal) -> HashMap<String, String> {
+    let (key, value) = match refusal {
+        Refusal::DeviceNotFound(device) | Refusal::NotYourLog(device) | Refusal::Device { device, .. } => {
+            ("device", device.to_string())
+        }
+        Refusal::OperationNotFound(operation)
+        | Refusal::NotYours(operation)
+        | Refusal::Operation { operation, .. }
+        | Refusal::RoleOfOperation { operation, .. }
+        | Refusal::StreamRole { operation, .. } => ("operation", operation.to_string()),
+        Refusal::Invalid(_)
+        | Refusal::PageToken
+        | Refusal::Blocked(_)
+        | Refusal::StreamOpen(_)
+        | Refusal::NoCommonVersion(_)
+        | Refusal::RequestIdReused
+        | Refusal::ResetUnknown
+        | Refusal::Journal(_)
+        | Refusal::Died
+        | Refusal::ShuttingDown => return HashMap::new(),
+    };
+    HashMap::from([(key.to_owned(), value)])
+}
+
+fn violation(blocker: &Blocker) -> PreconditionViolation {
+    let subject = blocker.device.as_ref().map(ToString::to_string).unwrap_or_default();
+    PreconditionViolation::new(blocker.reason.as_str_name(), subject, blocker.message.clone())
+}

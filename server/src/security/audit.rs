@@ -1,0 +1,126 @@
+//! One line for each decision of authority: who, what, on what, with which result.
+//!
+//! ```text
+//!   authorize (allowed changes, all denials) --+
+//!   handlers (what became of it: `record`)   --+--> AuditLine --> tracing event, target "audit"
+//! ```
+//!
+//! The target is a stream of its own: a subscriber routes it to where audit lines are kept, whatever the log
+//! level. Text that a caller chooses (a method path, a resource) is escaped and shortened, so that no caller
+//! can forge a line. Nothing secret is in a line: no key, no token, no byte of a device's state.
+
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tracing::info;
+
+use super::authorize::Caller;
+use super::roles::RoleSet;
+
+/// The tracing target of audit lines.
+pub const TARGET: &str = "audit";
+/// What a caller chooses is cut here.
+const TEXT_MAX_CHARS: usize = 256;
+
+/// What was decided, or what became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AuditResult {
+    /// The caller may.
+    Allowed,
+    /// The caller may not; the reason is the stable one of the refusal.
+    Denied {
+        /// The reason, as in `ErrorInfo`.
+        reason: &'static str,
+    },
+    /// It was done.
+    Succeeded,
+    /// It was allowed and failed.
+    Failed {
+        /// The reason, as in `ErrorInfo`.
+        reason: &'static str,
+    },
+}
+
+impl AuditResult {
+    fn name(self) -> &'static str {
+        match self {
+            AuditResult::Allowed => "allowed",
+            AuditResult::Denied { .. } => "denied",
+            AuditResult::Succeeded => "succeeded",
+            AuditResult::Failed { .. } => "failed",
+        }
+    }
+
+    fn reason(self) -> &'static str {
+        match self {
+            AuditResult::Allowed | AuditResult::Succeeded => "",
+            AuditResult::Denied { reason } | AuditResult::Failed { reason } => reason,
+        }
+    }
+}
+
+/// One line.
+#[derive(Debug, Clone)]
+pub struct AuditLine<'a> {
+    /// When.
+    pub time: SystemTime,
+    /// Who; None if there was no certificate.
+    pub caller: Option<&'a Caller>,
+    /// From where, if known.
+    pub address: Option<std::net::SocketAddr>,
+    /// What: a method's full path, or a handler's word for it.
+    pub what: &'a str,
+    /// On what: a device, an operation.
+    pub resource: Option<&'a str>,
+    /// With which result.
+    pub result: AuditResult,
+    /// The caller's id for the request.
+    pub request_id: Option<&'a str>,
+}
+
+impl AuditLine<'_> {
+    /// Writes it.
+    pub fn emit(&self) {
+        let time_unix_ms = self.time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
+        let who = self.caller.map(|caller| caller.identity.to_string()).unwrap_or_default();
+        let key = self.caller.map(|caller| caller.public_key_hash.to_string()).unwrap_or_default();
+        let address = self.address.map(|address| address.to_string()).unwrap_or_default();
+        info!(
+            target: TARGET,
+            time_unix_ms = u64::try_from(time_unix_ms).unwrap_or(u64::MAX),
+            who,
+            key,
+            roles = %self.caller.map_or(RoleSet::EMPTY, |caller| caller.roles),
+            address,
+            what = %Plain(self.what),
+            resource = %Plain(self.resource.unwrap_or_default()),
+            result = self.result.name(),
+            reason = self.result.reason(),
+            request_id = %Plain(self.request_id.unwrap_or_default()),
+            "audit"
+        );
+    }
+}
+
+/// Writes a line for a handler: what became of a call on a resource.
+pub fn record(caller: &Caller, action: &str, resource: &str, result: AuditResult) {
+    AuditLine {
+        time: SystemTime::now(),
+        caller: Some(caller),
+        address: None,
+        what: action,
+        resource: Some(resource),
+        result,
+        request_id: None,
+    }
+    .emit();
+}
+
+/// A stranger's text: shortened, on one line, without control characters.
+struct Plain<'a>(&'a str);
+
+impl fmt::Display for Plain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().take(TEXT_MAX_CHARS).try_for_each(|c| write!(f, "{}", c.escape_default()))
+    }
+}

@@ -1,0 +1,350 @@
+//! How an agent is served, and how it ends.
+//!
+//! ```text
+//!   Listener (TLS, limits) --> trace --> authorize --> DeviceService, CheckpointService, OperationService,
+//!                                                      health, reflection
+//!   health_listen (plain) ---------------------------> health, nothing else
+//!
+//!   stop: admit nothing, NOT_SERVING --> undo what runs, leave what is held --> close --> end
+//! ```
+//! # Failure paths
+//! What is still under way when the grace is over is left to the agent's next start, which the journal and the holder
+//! make safe; that is also how a kill ends.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use tonic::transport::Server;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::server::HealthReporter;
+use vfio_checkpoint_device::chain;
+use vfio_checkpoint_proto::v1::FILE_DESCRIPTOR_SET;
+use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointServiceServer;
+use vfio_checkpoint_proto::v1::device_service_server::DeviceServiceServer;
+use vfio_checkpoint_proto::v1::operation_service_server::OperationServiceServer;
+use vfio_checkpoint_proto::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES};
+
+use crate::boot::{BootError, boot};
+use crate::config::AgentConfig;
+use crate::core::Core;
+use crate::counted::counted;
+use crate::environment::Environment;
+use crate::operation::{Cancel, Entry, Phase};
+use crate::rpc::{Checkpoints, Devices, OperationsService};
+use crate::security::accept::{AcceptLimits, Listener};
+use crate::security::authorize::AuthorizeLayer;
+use crate::security::clock::SystemClock;
+use crate::security::files::{TlsError, TlsFiles};
+use crate::security::peers::{PeerLimits, PeerRegistry};
+use crate::security::reload::TlsSource;
+use crate::security::roles::{Policy, PolicyHandle};
+use crate::telemetry::TraceLayer;
+
+/// What a stream may have under way before its reader must say that it goes on. Enough for a fast link, and the bound on
+/// what a peer that sends and never listens can make the agent keep.
+const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// The same for a connection.
+const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Large frames: fewer headers for bulk.
+const FRAME_BYTES: u32 = 256 << 10;
+/// Streams that a peer opened and reset before they were looked at.
+const MAX_PENDING_RESETS: usize = 32;
+/// Streams that were reset here because of what the peer did.
+const MAX_LOCAL_ERROR_RESETS: usize = 64;
+
+/// Why an agent is not served.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address}")]
+    Listen {
+        /// Which one.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The certificates.
+    #[error("the certificates cannot be used")]
+    Tls(#[from] TlsError),
+    /// The agent cannot begin.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// gRPC.
+    #[error("the gRPC service cannot go on")]
+    Grpc(#[source] tonic::transport::Error),
+    /// The reflection service cannot be made.
+    #[error("the reflection service cannot be made")]
+    Reflection(#[source] tonic_reflection::server::Error),
+    /// A task died.
+    #[error("the service died, which is a defect to report")]
+    Died,
+}
+
+/// An agent that is served.
+#[derive(Debug)]
+pub struct Agent {
+    core: Arc<Core>,
+    address: SocketAddr,
+    health_address: Option<SocketAddr>,
+    reporter: HealthReporter,
+    tls: TlsSource,
+    policy: PolicyHandle,
+    stop: watch::Sender<bool>,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    helpers: Vec<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Whether an agent could begin, as far as that can be told without touching a device.
+    pub fn check(config: &AgentConfig) -> Result<(), ServeError> {
+        tls_source(config).map(|_| ())
+    }
+
+    /// Brings an agent up. It is served when this returns.
+    pub async fn start(config: AgentConfig, environment: Environment) -> Result<Self, ServeError> {
+        let config = Arc::new(config);
+        // What can be wrong without a device being touched comes first.
+        let tls = tls_source(&config)?;
+        let tcp = listen(config.server.listen).await?;
+        let health_tcp = match config.server.health_listen {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
+        let core = boot(Arc::clone(&config), environment).await?;
+
+        let server = &config.server;
+        let peers = PeerRegistry::start(
+            tls.clone(),
+            PeerLimits {
+                max_connections: server.max_connections,
+                // Whoever has a certificate must not be able to lock everybody else out.
+                max_connections_per_identity: Some(server.max_connections.div_ceil(4)),
+            },
+        );
+        let limits = AcceptLimits { handshake_timeout: server.handshake_timeout, ..AcceptLimits::default() };
+        let listener = Listener::new(tcp, tls.clone(), peers, limits);
+        let address =
+            listener.local_addr().map_err(|source| ServeError::Listen { address: server.listen, source })?;
+        let policy = PolicyHandle::new(Policy { grants: config.grants.clone() });
+        let (reporter, health) = tonic_health::server::health_reporter();
+        set_serving(&reporter).await;
+        let (stop, stopped) = watch::channel(false);
+
+        let routes = Server::builder()
+            .max_concurrent_streams(server.max_concurrent_streams)
+            .http2_max_header_list_size(server.max_header_bytes)
+            .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+            .http2_max_local_error_reset_streams(Some(MAX_LOCAL_ERROR_RESETS))
+            .http2_keepalive_interval(Some(server.keepalive_interval))
+            .http2_keepalive_timeout(Some(server.keepalive_timeout))
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .max_frame_size(FRAME_BYTES)
+            .tcp_nodelay(true)
+            .layer(TraceLayer)
+            .layer(AuthorizeLayer::new(policy.clone()))
+            .add_service(
+                DeviceServiceServer::new(Devices::new(Arc::clone(&core)))
+                    .max_decoding_message_size(MAX_REQUEST_BYTES),
+            )
+            .add_service(
+                CheckpointServiceServer::new(Checkpoints::new(Arc::clone(&core)))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES),
+            )
+            .add_service(
+                OperationServiceServer::new(OperationsService::new(Arc::clone(&core)))
+                    .max_decoding_message_size(MAX_REQUEST_BYTES),
+            )
+            .add_service(health.clone())
+            .add_service(
+                tonic_reflection::server::Builder::configure()
+                    .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+                    .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                    .build_v1()
+                    .map_err(ServeError::Reflection)?,
+            );
+        let serving =
+            tokio::spawn(routes.serve_with_incoming_shutdown(listener.incoming(), said(stopped.clone())));
+
+        let mut helpers = Vec::new();
+        let interval = config.tls.reload_interval.unwrap_or(DEFAULT_RELOAD);
+        helpers.push(tokio::spawn(tls.clone().poll(interval)));
+        let health_address = health_tcp.as_ref().and_then(|tcp| tcp.local_addr().ok());
+        if let Some(tcp) = health_tcp {
+            helpers.push(tokio::spawn(serve_health(tcp, health, said(stopped))));
+        }
+        tracing::info!(
+            %address,
+            ?health_address,
+            devices = config.devices.len(),
+            "serving"
+        );
+        Ok(Self { core, address, health_address, reporter, tls, policy, stop, serving, helpers })
+    }
+
+    /// Where it is served.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where probes are answered without TLS.
+    pub fn health_address(&self) -> Option<SocketAddr> {
+        self.health_address
+    }
+
+    /// What it works on.
+    pub fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// Its certificates, to be read again.
+    pub fn tls(&self) -> &TlsSource {
+        &self.tls
+    }
+
+    /// Who may do what.
+    pub fn policy(&self) -> &PolicyHandle {
+        &self.policy
+    }
+
+    /// Ready once the service has ended by itself, which it should not.
+    pub async fn failed(&mut self) -> ServeError {
+        match (&mut self.serving).await {
+            Ok(Err(error)) => ServeError::Grpc(error),
+            Ok(Ok(())) | Err(_) => ServeError::Died,
+        }
+    }
+
+    /// Ends it: nothing is admitted any more, what runs is undone, what is held stays held where a holder keeps its
+    /// devices, and is undone where none does.
+    pub async fn stop(self) -> Result<(), ServeError> {
+        let Self { core, reporter, stop, mut serving, helpers, .. } = self;
+        let grace = core.config.server.shutdown_grace;
+        core.begin_ending();
+        set_not_serving(&reporter).await;
+        tokio::select! {
+            () = undo_all(&core) => {}
+            () = core.environment.sleep(grace) => {
+                tracing::warn!("the grace is over; what is still under way is taken up at the next start");
+            }
+        }
+        stop.send_replace(true);
+        // Watchers and waiters may hold their calls for ever.
+        let ended = tokio::select! {
+            ended = &mut serving => ended,
+            () = core.environment.sleep(LAST_CALLS) => {
+                serving.abort();
+                Ok(Ok(()))
+            }
+        };
+        for helper in helpers {
+            helper.abort();
+        }
+        match ended {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(ServeError::Grpc(error)),
+            Err(_) => Err(ServeError::Died),
+        }
+    }
+}
+
+/// How often certificates are read again, where nothing is configured.
+const DEFAULT_RELOAD: Duration = Duration::from_secs(30);
+/// How long calls have to end once nothing is under way any more.
+const LAST_CALLS: Duration = Duration::from_secs(2);
+
+fn tls_source(config: &AgentConfig) -> Result<TlsSource, ServeError> {
+    let files = TlsFiles {
+        certificate: config.tls.certificate.clone(),
+        key: config.tls.key.clone(),
+        client_ca: config.tls.client_ca.clone(),
+        crls: config.tls.crls.clone(),
+    };
+    Ok(TlsSource::load(files, Arc::new(SystemClock))?)
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+}
+
+async fn said(mut stopped: watch::Receiver<bool>) {
+    // A sender that is gone is an agent that is gone.
+    let _ = stopped.wait_for(|stop| *stop).await;
+}
+
+/// The plain listener. It has a single service, and small limits: whoever reaches the port can call it.
+async fn serve_health<H: Health>(
+    tcp: TcpListener,
+    health: HealthServer<H>,
+    stopped: impl Future<Output = ()>,
+) {
+    let served = Server::builder()
+        .max_concurrent_streams(16)
+        .http2_max_header_list_size(8 << 10)
+        .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
+        .http2_max_local_error_reset_streams(Some(MAX_LOCAL_ERROR_RESETS))
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .max_connection_age(Duration::from_mins(5))
+        .max_connection_age_grace(Duration::from_secs(5))
+        .add_service(health.max_decoding_message_size(4 << 10))
+        .serve_with_incoming_shutdown(counted(tcp), stopped)
+        .await;
+    if let Err(error) = served {
+        tracing::error!(error = %chain(&error), "the health listener ended");
+    }
+}
+
+async fn set_serving(reporter: &HealthReporter) {
+    reporter.set_serving::<DeviceServiceServer<Devices>>().await;
+    reporter.set_serving::<CheckpointServiceServer<Checkpoints>>().await;
+    reporter.set_serving::<OperationServiceServer<OperationsService>>().await;
+}
+
+async fn set_not_serving(reporter: &HealthReporter) {
+    let status = tonic_health::ServingStatus::NotServing;
+    reporter.set_service_status("", status).await;
+    reporter.set_not_serving::<DeviceServiceServer<Devices>>().await;
+    reporter.set_not_serving::<CheckpointServiceServer<Checkpoints>>().await;
+    reporter.set_not_serving::<OperationServiceServer<OperationsService>>().await;
+}
+
+/// Undoes every operation that is under way, except those that are held, and whose devices the holder has.
+async fn undo_all(core: &Core) {
+    let kept = match &core.keeper {
+        Some(keeper) => keeper.held().await.unwrap_or_else(|error| {
+            tracing::error!(error = %chain(&error), "the holder cannot be asked, so what is held is undone");
+            Vec::new()
+        }),
+        None => Vec::new(),
+    };
+    let is_kept = |entry: &Entry| entry.device_names().all(|name| kept.iter().any(|kept| kept == name.id()));
+    let mut running = core.operations.running();
+    loop {
+        let mut left = 0;
+        for entry in core.operations.active() {
+            if entry.view().phase == Phase::Held && is_kept(&entry) {
+                continue;
+            }
+            left += 1;
+            if let Err(refused) = entry.cancel(Cancel::ShuttingDown) {
+                tracing::debug!(operation = %entry.fixed.name, %refused, "ends by itself");
+            }
+        }
+        if left == 0 {
+            return;
+        }
+        tokio::select! {
+            changed = running.changed() => if changed.is_err() { return },
+            // A hold may have begun, or an operation come to where it can be undone.
+            () = core.environment.sleep(Duration::from_millis(50)) => {}
+        }
+    }
+}

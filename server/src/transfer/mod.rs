@@ -1,0 +1,127 @@
+//! State on its way between devices and a stream.
+//!
+//! ```text
+//!   save:     device::operation --chunk, seal--> WireSink --> Giver --frames--> stream
+//!   restore:  stream --frames--> Taker --verified chunks, seals--> WireSource --> device::operation
+//! ```
+//! Nothing here knows gRPC: a stream is a link of messages, as the client library has it, and a peer agent's is the
+//! same. Nothing here holds more than a few chunks.
+
+mod sink;
+mod source;
+
+use std::fmt;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use vfio_checkpoint_client::transfer::{Link, Terms, TransferError};
+use vfio_checkpoint_device::{ConfigCapture, InterruptKind, PciCommand, Rearm};
+use vfio_checkpoint_proto::domain::{
+    self, ArmedInterrupts, ConfigSpaceCapture, Manifest, StreamLimits, StreamOpened,
+};
+use vfio_checkpoint_proto::ids::StreamId;
+use vfio_checkpoint_proto::v1::StreamMessage;
+use vfio_checkpoint_proto::v1::stream_message::Kind;
+use vfio_checkpoint_proto::version::Version;
+
+pub use sink::{SinkWatch, WireSink};
+pub use source::WireSource;
+
+use crate::config::AgentConfig;
+
+/// How much may be under way before the taker says that it has it. Coarse: it serves progress.
+const ACK_INTERVAL_BYTES: u64 = 8 << 20;
+
+/// An open stream whose caller was found to be the right one, before the agent's `StreamOpened`.
+#[derive(Debug)]
+pub struct Attached {
+    /// Its two directions.
+    pub link: Link,
+    /// The version that both speak.
+    pub version: Version,
+    /// The longest chunk that the caller takes.
+    pub max_chunk_bytes: Option<u32>,
+    /// The outgoing direction once more, for the answer.
+    pub outgoing: mpsc::Sender<StreamMessage>,
+}
+
+impl Attached {
+    /// Answers `StreamOpen`, and agrees on the terms of a stream with these devices.
+    pub async fn open(self, config: &AgentConfig, stream: StreamId, manifest: Manifest) -> (Link, Terms) {
+        let ours = config.limits.max_chunk_bytes;
+        let limits = StreamLimits {
+            max_chunk_bytes: self.max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
+            max_device_bytes: config.limits.max_device_bytes,
+            idle_timeout: config.server.stream_idle_timeout,
+            lifetime: config.server.stream_lifetime,
+            ack_interval_bytes: ACK_INTERVAL_BYTES,
+        };
+        let devices = manifest.devices.len();
+        let opened = StreamOpened { version: self.version, stream_id: stream, manifest, limits };
+        let message = StreamMessage { kind: Some(Kind::Opened(opened.into())) };
+        // Where the caller is gone already, the first use of the link finds out.
+        let _ = self.outgoing.send(message).await;
+        (self.link, Terms { stream, devices, limits })
+    }
+}
+
+/// A failure of a stream that more than one has to hear of.
+#[derive(Debug, Clone)]
+pub struct Shared(Arc<TransferError>);
+
+impl Shared {
+    fn new(error: TransferError) -> Self {
+        Self(Arc::new(error))
+    }
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for Shared {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.0.source()
+    }
+}
+
+/// The stable reason of a failure of whoever gives or takes state; none where it is no failure of a stream.
+pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    let shared = error.downcast_ref::<Shared>().map(|shared| &*shared.0);
+    Some(match shared.or_else(|| error.downcast_ref::<TransferError>())? {
+        TransferError::Broken(_) => "STREAM_BROKEN",
+        TransferError::AbortedByPeer(_) => "ABORTED_BY_PEER",
+        TransferError::Protocol(_) => "STREAM_PROTOCOL",
+        TransferError::Idle(_) => "STREAM_IDLE",
+        TransferError::Lifetime(_) => "STREAM_LIFETIME",
+        TransferError::Changed { .. } => "SEAL_MISMATCH",
+    })
+}
+
+fn capture_to_wire(capture: &ConfigCapture) -> ConfigSpaceCapture {
+    ConfigSpaceCapture {
+        command: capture.command.0,
+        interrupts: capture.interrupts.map(|rearm| ArmedInterrupts {
+            kind: match rearm.kind {
+                InterruptKind::Msi => domain::InterruptKind::Msi,
+                InterruptKind::MsiX => domain::InterruptKind::MsiX,
+            },
+            vectors: rearm.vectors,
+        }),
+    }
+}
+
+fn capture_from_wire(capture: &ConfigSpaceCapture) -> ConfigCapture {
+    ConfigCapture {
+        command: PciCommand(capture.command),
+        interrupts: capture.interrupts.map(|armed| Rearm {
+            kind: match armed.kind {
+                domain::InterruptKind::Msi => InterruptKind::Msi,
+                domain::InterruptKind::MsiX => InterruptKind::MsiX,
+            },
+            vectors: armed.vectors,
+        }),
+    }
+}

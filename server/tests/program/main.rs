@@ -1,0 +1,60 @@
+//! The agent's program as a shell sees it: what it prints, and how it ends.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test: the helpers outside #[test] functions assert by panicking, too"
+)]
+
+use std::process::{Command, Output};
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_vfio-checkpointd")).args(arguments).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_demo_proves_what_it_shows() {
+    let output = run(&["demo", "--json", "--memory", "4MiB", "--dirty", "1MiB"]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).expect("one document, and nothing else");
+    assert_eq!(report["verified"], true, "{report}");
+    assert_eq!(report["source_digest"], report["destination_digest"]);
+    assert!(report["save"]["bytes"].as_u64().unwrap() >= 4 << 20, "{report}");
+    assert!(report["save"]["downtime_ms"].as_f64().unwrap() > 0.0, "{report}");
+    assert_eq!(report["restore"]["bytes"], report["save"]["bytes"]);
+}
+
+#[test]
+fn the_demo_tells_people_the_same() {
+    let output = run(&["demo", "--memory", "1MiB", "--dirty", "0"]);
+    assert_eq!(output.status.code(), Some(0), "{}", said(&output));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        text.trim_end().ends_with("verified: the device on node-b holds what the one on node-a held."),
+        "{text}"
+    );
+}
+
+#[test]
+fn what_is_wrong_with_a_configuration_is_told_and_nothing_begins() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("agent.toml");
+    std::fs::write(&file, "[sever]\nlisten = \"127.0.0.1:0\"\n").unwrap();
+    let output = run(&["serve", "--check", "--config", file.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(said(&output).contains("sever"), "{}", said(&output));
+}
+
+#[test]
+fn nobody_is_well_where_nobody_is() {
+    // A port that nobody serves over TCP.
+    let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let output = run(&["healthcheck", "--address", &taken.to_string(), "--timeout", "2s"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains(&taken.to_string()), "{}", said(&output));
+}
