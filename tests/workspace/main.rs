@@ -1,7 +1,8 @@
-//! The house rules that a compiler does not check. Dependencies point one way. What a crate of this workspace may use is a table here; anything else is a failure.
+//! The house rules that a compiler does not check. Dependencies point one way. What a crate of this workspace may use is a
+//! table here; anything else is a failure.
 //!
 //! ```text
-//!   seal, fsm <- device <- server        seal <- proto <- client <- server        store <- client, server        tests -> all
+//!   seal, fsm <- device <- server        seal <- proto <- client <- server        tests -> all
 //! ```
 
 #![allow(
@@ -147,4 +148,32 @@ fn one_module_opts_in_to_unsafe() {
         }
     }
     assert_eq!(opted_in, [UNSAFE]);
+}
+
+/// The points at which tests stop the agent are in what tests are built against, and in no program: nothing but a
+/// dev-dependency may ask for them, which cargo leaves aside where it builds programs.
+#[test]
+fn no_program_has_fail_points() {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--locked", "--no-deps"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs");
+    let value: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+    let mut asked_for = 0;
+    for package in value["packages"].as_array().expect("packages") {
+        let features = package["features"].as_object().expect("features");
+        for (feature, asks_for) in features {
+            let names = asks_for.as_array().expect("a list").iter().filter_map(Value::as_str);
+            let points: Vec<&str> = names.filter(|name| name.contains("failpoints")).collect();
+            assert!(points.is_empty(), "{}: the feature {feature} turns on {points:?}", package["name"]);
+        }
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let asks =
+                dependency["features"].as_array().expect("features").iter().any(|name| name == "failpoints");
+            assert!(!asks || dependency["kind"] == "dev", "{} has {}", package["name"], dependency["name"]);
+            asked_for += usize::from(asks);
+        }
+    }
+    assert_eq!(asked_for, 1, "the tests ask for them");
 }

@@ -14,6 +14,7 @@
  *   enomsg            a read in pre-copy that finds nothing answers ENOMSG, not 0. Read with each read.
  *   dirty_bytes       0: the stream is mtty's. N: after a register write in pre-copy N bytes are dirty, and are handed
  *                     out as a record of N bytes. Read when a session begins. At most 65536.
+ *   no_data_size      asked how much state there is, the device answers ENODATA. Read with each question.
  *   dma_dirty         the DMA log works: a register write in RUNNING or PRE_COPY is a write of the device to the page
  *                     whose index is the value written, modulo the number of pages tracked (all ranges, in
  *                     order of their addresses). Read when a log is started; a report without a start is refused while it is
@@ -143,6 +144,9 @@ module_param(enomsg, bool, 0644);
 
 static unsigned int dirty_bytes;
 module_param_cb(dirty_bytes, &variant_dirty_ops, &dirty_bytes, 0644);
+
+static bool no_data_size;
+module_param(no_data_size, bool, 0644);
 
 static bool dma_dirty;
 module_param(dma_dirty, bool, 0644);
@@ -384,7 +388,7 @@ static ssize_t variant_save_read(struct file *filp, char __user *buf, size_t len
 
 static int variant_get_data_size(struct vfio_device *vdev, unsigned long *stop_copy_length)
 {
-	int ret = mtty_get_data_size(vdev, stop_copy_length);
+	int ret = READ_ONCE(no_data_size) ? -ENODATA : mtty_get_data_size(vdev, stop_copy_length);
 
 	/* The byte that ends the records. */
 	if (!ret && READ_ONCE(dirty_bytes))

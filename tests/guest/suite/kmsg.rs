@@ -40,6 +40,18 @@ impl KernelLog {
         self.lines().iter().filter_map(|line| parse_hop(line, uuid)).collect()
     }
 
+    /// The hops of several devices since the last call in the order in which they were logged, each with the device's
+    /// place in `uuids`.
+    pub(crate) fn hops_of_all(&mut self, uuids: &[&str]) -> Vec<(usize, State, State)> {
+        let hop = |line: &String| {
+            uuids
+                .iter()
+                .enumerate()
+                .find_map(|(device, uuid)| parse_hop(line, uuid).map(|(from, to)| (device, from, to)))
+        };
+        self.lines().iter().filter_map(hop).collect()
+    }
+
     /// How many lines about the device `uuid` since the last call hold `text`.
     pub(crate) fn mentions(&mut self, uuid: &str, text: &str) -> usize {
         self.lines().iter().filter(|line| line.contains(uuid) && line.contains(text)).count()

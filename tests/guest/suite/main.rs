@@ -14,6 +14,7 @@
 //! | [`dma_log`] | the DMA log |
 //! | [`variant`] | what the kernel's mtty cannot show: other flags, reset on close, ENOMSG, dirty state, failing hops |
 //! | [`by_hand`] | the main job with the `vfio-device` binary, as a person does it |
+//! | [`agent`] | the agent, its holder and `vfioctl` as processes: save, restore, blockers, SIGKILL |
 //! | [`conformance`] | the rules of the migration contract, on every backend the same |
 //! | [`kmsg`] | the kernel warned of nothing meanwhile |
 
@@ -25,6 +26,7 @@
     reason = "a test program: it asserts by panicking and reports on standard output"
 )]
 
+mod agent;
 mod blobs;
 mod by_hand;
 mod conformance;
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         dma_log::TESTS,
         variant::TESTS,
         by_hand::TESTS,
+        agent::TESTS,
         conformance::TESTS,
         kmsg::TESTS,
     ];

@@ -1,0 +1,185 @@
+//! How callers and agents end: certificates that are taken back, health, and a stop.
+
+use std::time::Duration;
+
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Request};
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_client::connect::ConnectOptions;
+use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
+use vfio_checkpoint_client::transfer::TakeState;
+use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_proto::v1::device_service_client::DeviceServiceClient;
+use vfio_checkpoint_server::security::identity::Identity;
+use vfio_checkpoint_server::security::lab::{LabCertificate, write_file};
+use vfio_checkpoint_server::serve::Agent;
+
+use crate::flow::{Node, channel, device, done, failure, reached, refused, save, save_of, soon, start_save};
+use crate::lab::{Lab, start, validity};
+
+async fn connect(lab: &Lab, agent: &Agent, issued: &LabCertificate) -> Client {
+    let key = issued.key_pem();
+    let (certificate, authority) = (issued.certificate_pem.as_bytes(), lab.ca.pem());
+    let credentials = Credentials::from_pem(certificate, key.as_bytes(), authority.as_bytes()).unwrap();
+    let check = ServerCheck::Name(None);
+    let tls = client_config(credentials, &check).unwrap();
+    let options = ConnectOptions::new(format!("https://{}", agent.address()), tls, check);
+    Client::connect(&options).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_caller_is_cut_off_and_what_it_streams_is_undone() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    let list = lab.path("revoked.crl");
+    write_file(&list, lab.ca.crl(&[], validity()).unwrap().as_bytes(), 0o644).unwrap();
+    config.tls.crls = vec![list.clone()];
+    // Only when it is told to.
+    config.tls.reload_interval = Some(Duration::from_hours(1));
+    let agent = start(config).await;
+    let admin = lab.client(&agent, "admin").await;
+    let saver = lab.client(&agent, "saver").await;
+    let digests = save(&saver, &["n0"]).await.digests();
+    let identity = Identity::Spiffe("spiffe://lab.test/saver/thief".parse().unwrap());
+    let issued = lab.ca.issue(&identity, &[], &[], validity()).unwrap();
+    let thief = connect(&lab, &agent, &issued).await;
+    let request = v1::StartSaveRequest {
+        cutover: v1::CutoverMode::Manual.into(),
+        pre_copy: v1::PreCopyMode::Never.into(),
+        ..save_of(&["n0"])
+    };
+    let name = start_save(&thief, request).await;
+    let TakeState { mut taker, .. } = TakeState::open(&thief, &name.parse().unwrap()).await.unwrap();
+    let streaming = tokio::spawn(async move { while let Ok(Some(_)) = taker.next().await {} });
+    reached(&admin, &name, v1::OperationPhase::WaitingForCutover).await;
+
+    write_file(&list, lab.ca.crl(&[&issued.serial], validity()).unwrap().as_bytes(), 0o644).unwrap();
+    soon(agent.tls().reload()).await.unwrap();
+    let ended = done(&admin, &name).await;
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "STREAM_BROKEN"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
+    soon(streaming).await.unwrap();
+    let answer = soon(thief.list_devices(v1::ListDevicesRequest::default())).await;
+    assert!(answer.is_err(), "it does not come back: {answer:?}");
+    assert_eq!(device(&admin, "n0").await.state(), v1::MigrationState::Running);
+    assert_eq!(save(&saver, &["n0"]).await.digests(), digests, "others go on");
+    agent.stop().await.unwrap();
+}
+
+fn check(service: &str) -> HealthCheckRequest {
+    HealthCheckRequest { service: service.to_owned() }
+}
+
+async fn plain(agent: &Agent) -> Channel {
+    let address = agent.health_address().unwrap();
+    soon(Endpoint::try_from(format!("http://{address}")).unwrap().connect()).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_plain_port_answers_health_and_nothing_else() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[]);
+    config.server.health_listen = Some("127.0.0.1:0".parse().unwrap());
+    let agent = start(config).await;
+    let channel = plain(&agent).await;
+    let mut health = HealthClient::new(channel.clone());
+    for service in [
+        "",
+        "vfio.checkpoint.v1.DeviceService",
+        "vfio.checkpoint.v1.CheckpointService",
+        "vfio.checkpoint.v1.OperationService",
+    ] {
+        let answer = soon(health.check(check(service))).await.unwrap().into_inner();
+        assert_eq!(answer.status(), ServingStatus::Serving, "{service:?}");
+    }
+    let status = soon(health.check(check("no.such.Service"))).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    let request = Request::new(v1::ListDevicesRequest::default());
+    let status = soon(DeviceServiceClient::new(channel.clone()).list_devices(request)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
+    let request = tokio_stream::once(ServerReflectionRequest::default());
+    let status =
+        soon(ServerReflectionClient::new(channel).server_reflection_info(request)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unimplemented);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_undoes_what_runs_and_says_first_that_it_does_not_serve() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB"), ("n1", "sim:seed=2,memory=1MiB")]);
+    config.server.health_listen = Some("127.0.0.1:0".parse().unwrap());
+    let node = Node::start(&config).await;
+    let agent = node.agent();
+    let saver = lab.client(agent, "saver").await;
+    let mut watching =
+        soon(HealthClient::new(plain(agent).await).watch(check(""))).await.unwrap().into_inner();
+    let over_tls = channel(&lab, agent, "spiffe://lab.test/nobody/test").await;
+    let mut with_tls = soon(HealthClient::new(over_tls).watch(check(""))).await.unwrap().into_inner();
+    let status = async |watch: &mut tonic::Streaming<HealthCheckResponse>| {
+        soon(watch.message()).await.ok().flatten().map(|answer| answer.status())
+    };
+    assert_eq!(status(&mut watching).await, Some(ServingStatus::Serving));
+    assert_eq!(status(&mut with_tls).await, Some(ServingStatus::Serving));
+    let request = v1::StartSaveRequest {
+        cutover: v1::CutoverMode::Manual.into(),
+        pre_copy: v1::PreCopyMode::Never.into(),
+        ..save_of(&["n0"])
+    };
+    let name = start_save(&saver, request).await;
+    let TakeState { mut taker, .. } = TakeState::open(&saver, &name.parse().unwrap()).await.unwrap();
+    let streaming = tokio::spawn(async move {
+        loop {
+            match taker.next().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return None,
+                Err(error) => return Some(error.to_string()),
+            }
+        }
+    });
+    reached(&saver, &name, v1::OperationPhase::WaitingForCutover).await;
+    let mut watch = saver.watch_operation(v1::WatchOperationRequest { name: name.clone() }).await.unwrap();
+
+    let stopping = tokio::spawn(node.stop());
+    assert_eq!(status(&mut watching).await, Some(ServingStatus::NotServing));
+    assert_eq!(status(&mut with_tls).await, Some(ServingStatus::NotServing));
+    let mut last = None;
+    while let Ok(Some(told)) = soon(watch.next()).await {
+        last = told.operation;
+    }
+    soon(stopping).await.unwrap();
+    let told = soon(streaming).await.unwrap();
+    assert!(told.is_some(), "the taker hears that there is no checkpoint");
+    let ended = last.expect("the watcher is told");
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "SHUTTING_DOWN"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
+    assert_eq!(status(&mut watching).await, None, "then it is over");
+    let answer = soon(saver.list_devices(v1::ListDevicesRequest::default())).await;
+    assert!(answer.is_err(), "nobody is there any more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_ends_admits_nothing() {
+    let lab = Lab::new();
+    let agent = start(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")])).await;
+    let saver = lab.client(&agent, "saver").await;
+    agent.core().begin_ending();
+    refused(saver.start_save(save_of(&["n0"])).await, Code::Unavailable, "SHUTTING_DOWN");
+    let validated = v1::StartSaveRequest { validate_only: true, ..save_of(&["n0"]) };
+    let answer = saver.start_save(validated).await.unwrap();
+    assert_eq!(answer.blockers[0].reason(), v1::BlockerReason::AgentBusy);
+    agent.stop().await.unwrap();
+}

@@ -1,0 +1,107 @@
+//! A lab: an authority, agents in this process on loopback with simulated devices, and clients with roles.
+//!
+//! Everything is real but the hardware: TLS, gRPC, journal on disk.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use rustls_pki_types::UnixTime;
+use tempfile::TempDir;
+use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_client::connect::ConnectOptions;
+use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
+use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig};
+use vfio_checkpoint_server::environment::Environment;
+use vfio_checkpoint_server::security::identity::Identity;
+use vfio_checkpoint_server::security::lab::{LabCa, Validity};
+use vfio_checkpoint_server::security::roles::{Grant, Role};
+use vfio_checkpoint_server::serve::Agent;
+
+/// Nothing that a test waits for takes longer, unless it never comes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An authority, and what it has issued for one test.
+pub(crate) struct Lab {
+    pub(crate) ca: LabCa,
+    pub(crate) folder: TempDir,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let domain = "lab.test".parse().unwrap();
+        Self { ca: LabCa::new(&domain, validity()).unwrap(), folder: tempfile::tempdir().unwrap() }
+    }
+
+    /// A configuration for an agent with these devices, each a name and an address. `ROLE` as in
+    /// `spiffe://lab.test/ROLE/…` is granted to whoever bears it.
+    pub(crate) fn config(&self, name: &str, devices: &[(&str, &str)]) -> AgentConfig {
+        let folder = self.folder.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let identity = Identity::Spiffe(format!("spiffe://lab.test/agent/{name}").parse().unwrap());
+        let issued =
+            self.ca.issue(&identity, &["localhost"], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity()).unwrap();
+        let files = issued.write(&folder, &self.ca.pem()).unwrap();
+        let mut config = AgentConfig::default();
+        config.node.state_dir = folder.join("state");
+        config.server.listen = "127.0.0.1:0".parse().unwrap();
+        config.tls.certificate = files.certificate;
+        config.tls.key = files.key;
+        config.tls.client_ca = files.client_ca;
+        config.grants = Role::ALL
+            .iter()
+            .map(|role| Grant {
+                who: format!("spiffe://lab.test/{}/*", role.name()).parse().unwrap(),
+                roles: vec![*role],
+            })
+            .collect();
+        config.devices = devices
+            .iter()
+            .map(|(name, address)| DeviceConfig {
+                name: (*name).to_owned(),
+                address: (*address).to_owned(),
+                path: None,
+                owner_pod: String::new(),
+            })
+            .collect();
+        config
+    }
+
+    /// A client that bears this role, or none that any agent knows.
+    pub(crate) async fn client(&self, agent: &Agent, role: &str) -> Client {
+        self.client_named(agent, &format!("spiffe://lab.test/{role}/test")).await
+    }
+
+    pub(crate) async fn client_named(&self, agent: &Agent, identity: &str) -> Client {
+        self.client_at(agent.address(), identity).await
+    }
+
+    /// A client of an agent in whatever process.
+    pub(crate) async fn client_at(&self, address: SocketAddr, identity: &str) -> Client {
+        let identity = Identity::Spiffe(identity.parse().unwrap());
+        let issued = self.ca.issue(&identity, &[], &[], validity()).unwrap();
+        let credentials = Credentials::from_pem(
+            issued.certificate_pem.as_bytes(),
+            issued.key_pem().as_bytes(),
+            self.ca.pem().as_bytes(),
+        )
+        .unwrap();
+        let check = ServerCheck::Name(None);
+        let tls = client_config(credentials, &check).unwrap();
+        let options = ConnectOptions::new(format!("https://{address}"), tls, check);
+        Client::connect(&options).await.unwrap()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
+
+pub(crate) async fn start(config: AgentConfig) -> Agent {
+    Agent::start(config, Environment::production()).await.unwrap()
+}
+
+pub(crate) fn validity() -> Validity {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    Validity::starting(UnixTime::since_unix_epoch(now), Duration::from_hours(1))
+}

@@ -1,0 +1,26 @@
+//! Agents as their callers see them: every call over TLS, in this process and in processes of their own.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test: the helpers outside #[test] functions assert by panicking, too"
+)]
+#![allow(
+    clippy::similar_names,
+    reason = "a saver saves what is saved, and a restorer restores what is restored"
+)]
+
+mod blockers;
+mod devices;
+mod dirty;
+mod ending;
+mod flow;
+mod idempotency;
+mod lab;
+mod operations;
+mod restores;
+mod roles;
+mod save_restore;
+mod saves;
+mod streams;

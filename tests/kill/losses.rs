@@ -1,0 +1,171 @@
+//! The agent is killed, and something else is lost: the holder, a device process, or the time.
+
+use vfio_checkpoint_proto::v1;
+
+use crate::every::{check, kill_at, state_lost};
+use crate::figure;
+use crate::job::{Job, Kind, done};
+use crate::steps::Found;
+use crate::world::{Content, World};
+
+/// Waits until a new holder has got so many devices from the agent that goes on.
+async fn put_back(world: &mut World, devices: usize) {
+    for _ in 0..devices {
+        world.holder().wait_for("a device", |line| line.contains("holding a device").then_some(())).await;
+    }
+}
+
+/// The agent gives what it has to the next holder, and what was held goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_that_is_restarted_before_the_agent_is_killed_has_every_device() {
+    for kind in [Kind::HeldSave, Kind::HeldRestore] {
+        let mut world = World::new(2, true).await;
+        world.kill_holder();
+        world.start_holder().await;
+        put_back(&mut world, 2).await;
+        let job = Job::new(kind, 2);
+        kill_at(&mut world, &job, "after commit of HELD").await;
+        world.start().await;
+        check(&world, &job, Found::Held, true).await;
+    }
+    figure("2 holds went on after the holder and then the agent were killed");
+}
+
+/// The holder dies, and the agent before it could give the next one anything: the devices are reset. A start that is
+/// killed once it has opened them anew, and put them into the next holder, leaves devices that are kept, and that are not
+/// what the operation had.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_was_reset_is_not_taken_for_one_that_was_kept() {
+    let mut starts = 0;
+    for (kind, point, found) in [
+        (Kind::Save, "save: Draining", Found::Undone),
+        (Kind::HeldSave, "after commit of HELD", Found::Held),
+        (Kind::HeldSave, "after commit of RUNNING", Found::Done),
+        (Kind::StoppedSave, "after commit of STOPPED", Found::Done),
+        (Kind::Restore, "restore: Verifying", Found::Undone),
+        (Kind::HeldRestore, "after commit of HELD", Found::Held),
+        (Kind::Restore, "after commit of RUNNING", Found::Done),
+    ] {
+        let mut world = World::new(1, true).await;
+        for second in
+            ["boot: device open", "boot: device kept", "after commit of devices", "boot: devices in"]
+        {
+            let job = Job::new(kind, 1);
+            world.arm(point, 1).await;
+            let driving = job.driven(&world).await;
+            world.stopped(point).await;
+            world.kill_holder();
+            world.kill_agent();
+            driving.abort();
+            world.start_holder().await;
+            world.launch(&format!("{second}=1"));
+            world.stopped(second).await;
+            world.kill_agent();
+            world.start().await;
+            eprintln!("{kind:?}: lost at {point}, killed at {second}");
+            let client = world.client().await;
+            let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
+            let ended = done(&client, &name).await.unwrap();
+            state_or_device_lost(found, &ended);
+            assert_eq!(world.contents(&client).await, [Content::Fresh]);
+            world.load(&client, Content::Own).await;
+            starts += 1;
+        }
+    }
+    figure(&format!(
+        "{starts} devices that were reset and then kept: none was told as preserved or restored"
+    ));
+}
+
+/// A held restore finds its device where it was not left, and says so of the device; all else knows that it is new.
+fn state_or_device_lost(found: Found, ended: &v1::Operation) {
+    let reason = ended.failure.as_ref().map(|failure| failure.reason.as_str());
+    if ended.kind() == v1::OperationKind::Restore && reason == Some("DEVICE_FAILED") {
+        assert_eq!(found, Found::Held, "{ended:?}");
+        assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
+    } else {
+        state_lost(found, ended);
+    }
+}
+
+/// A hold whose time is over when the agent comes back ends then; one that was ending goes on ending.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hold_that_ran_out_is_over_whenever_the_agent_is_killed() {
+    let mut world = World::new(1, true).await;
+    let saves = [
+        ("after commit of HELD", 1, "HOLD_EXPIRED"),
+        ("save: Marking", 1, "HOLD_EXPIRED"),
+        ("before commit of RUNNING", 1, "HOLD_EXPIRED"),
+        ("after commit of RUNNING", 1, "HOLD_EXPIRED"),
+        ("read back", 1, "HOLD_EXPIRED"),
+        ("after commit of ENDED", 1, "HOLD_EXPIRED"),
+    ];
+    let restores = [
+        ("after commit of HELD", 1, "HOLD_EXPIRED"),
+        ("restore: Resetting", 1, "HOLD_EXPIRED"),
+        ("before commit of BEGUN", 2, "HOLD_EXPIRED"),
+        // Why it is being undone is not on record before its end.
+        ("after commit of BEGUN", 2, "AGENT_RESTARTED"),
+        ("read back", 1, "AGENT_RESTARTED"),
+        ("after commit of ENDED", 1, "HOLD_EXPIRED"),
+    ];
+    for (kind, points, outcome, consistency, content) in [
+        (
+            Kind::HeldSave,
+            saves,
+            v1::StateOutcome::Preserved,
+            v1::CheckpointConsistency::Inconsistent,
+            Content::Own,
+        ),
+        (
+            Kind::HeldRestore,
+            restores,
+            v1::StateOutcome::StateLost,
+            v1::CheckpointConsistency::Unspecified,
+            Content::Fresh,
+        ),
+    ] {
+        for (point, times, reason) in points {
+            let job = Job::new(kind, 1).that_waits().held_for_a_moment();
+            world.arm(point, times).await;
+            let driving = job.driven(&world).await;
+            world.stopped(point).await;
+            world.kill_agent();
+            driving.abort();
+            world.start().await;
+            eprintln!("{kind:?}: killed at {point}");
+            let client = world.client().await;
+            let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
+            let ended = done(&client, &name).await.unwrap();
+            assert_eq!(ended.result(), v1::OperationResult::Failed, "{ended:?}");
+            assert_eq!((ended.outcome(), ended.consistency()), (outcome, consistency), "{ended:?}");
+            assert_eq!(ended.failure.as_ref().unwrap().reason, reason, "{ended:?}");
+            assert_eq!(world.contents(&client).await, [content]);
+            for device in world.devices(&client).await {
+                assert_eq!((device.state(), device.operation.as_str()), (v1::MigrationState::Running, ""));
+            }
+        }
+    }
+    figure(&format!("{} kills of a hold that ran out: over at once", saves.len() + restores.len()));
+}
+
+/// One of two device processes dies with the agent. The other device is brought back, and the operation has failed.
+#[tokio::test(flavor = "multi_thread")]
+async fn half_of_a_set_is_not_the_set() {
+    for (kind, content) in [(Kind::HeldSave, Content::Own), (Kind::HeldRestore, Content::Fresh)] {
+        let mut world = World::new(2, true).await;
+        let job = Job::new(kind, 2);
+        kill_at(&mut world, &job, "after commit of HELD").await;
+        world.kill_device(1);
+        // Another process in its place, before the agent looks.
+        world.start_device(1, "sim:seed=2,memory=256KiB").await;
+        world.start().await;
+        let client = world.client().await;
+        let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
+        let ended = done(&client, &name).await.unwrap();
+        state_lost(Found::Held, &ended);
+        assert_eq!(ended.failure.as_ref().unwrap().device, "devices/nic1");
+        assert_eq!(world.contents(&client).await, [content, Content::Fresh]);
+    }
+    figure("2 sets of which half was lost: failed, and the other half runs");
+}

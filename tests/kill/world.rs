@@ -1,0 +1,383 @@
+//! Device processes, the holder and the agent of one test, and states that can be told apart.
+//!
+//! ```text
+//!   vfio-user-device x n <--socket-- agent --keepsakes--> holder
+//!                                      ^ stdin: arm, release; stderr: at, stopped at
+//!                                    client
+//! ```
+//! A device carries one of three contents: [`Content::Fresh`], as at power-on and after a reset; [`Content::Own`], what
+//! it carries when a job begins; [`Content::Other`], what a restore brings. Each has its own seal.
+
+use std::env;
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_device::sim::SimDevice;
+use vfio_checkpoint_device::{Call, DeviceAddress, MigrationDevice as _, Read as Got, Threads};
+use vfio_checkpoint_fsm::State;
+use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_server::config::AgentConfig;
+use vfio_checkpoint_server::environment::Environment;
+use vfio_checkpoint_server::holder::{self, HolderOptions};
+use vfio_checkpoint_server::serve::Agent;
+use vfio_checkpoint_server::{failpoint, telemetry};
+
+use crate::job::{Job, Saved};
+use crate::lab::Lab;
+use crate::process::{Process, program};
+
+/// Says to this test program that it is an agent, and where its configuration is.
+const AGENT: &str = "KILL_TEST_AGENT";
+/// Says to this test program that it is a holder, and where its socket is.
+const HOLDER: &str = "KILL_TEST_HOLDER";
+
+/// Several chunks, and quick to move.
+pub(crate) const MEMORY: &str = "memory=256KiB";
+
+/// What a device carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Content {
+    Fresh,
+    Own,
+    Other,
+}
+
+/// Everything of one test.
+pub(crate) struct World {
+    lab: Lab,
+    /// Whether the agent and the holder are the programs, and not this test program.
+    programs: bool,
+    config: PathBuf,
+    devices: Vec<Process>,
+    holder: Option<Process>,
+    agent: Option<Process>,
+    address: Option<SocketAddr>,
+    /// What a save of each device brings, by its content.
+    pub(crate) known: Vec<[Option<v1::Seal>; 3]>,
+    /// Any manifest of a set of all devices.
+    pub(crate) manifest: Option<v1::CheckpointManifest>,
+}
+
+impl World {
+    /// A world with so many devices, whose agent is running. Every device carries its own content.
+    pub(crate) async fn new(devices: usize, with_holder: bool) -> Self {
+        Self::begin(devices, with_holder, false).await
+    }
+
+    /// The same with the programs, as they are built for whoever runs them.
+    pub(crate) async fn of_programs(devices: usize, with_holder: bool) -> Self {
+        Self::begin(devices, with_holder, true).await
+    }
+
+    async fn begin(devices: usize, with_holder: bool, programs: bool) -> Self {
+        let lab = Lab::new();
+        let names: Vec<String> = (0..devices).map(|index| format!("nic{index}")).collect();
+        let mut world = Self {
+            programs,
+            config: lab.path("agent.toml"),
+            devices: Vec::new(),
+            holder: None,
+            agent: None,
+            address: None,
+            known: vec![[const { None }; 3]; devices],
+            manifest: None,
+            lab,
+        };
+        for index in 0..devices {
+            world.start_device(index, &format!("sim:seed={},{MEMORY}", index + 1)).await;
+        }
+        world.write_config(&names, with_holder);
+        if with_holder {
+            world.start_holder().await;
+        }
+        world.start().await;
+        world.learn().await;
+        world
+    }
+
+    /// Whether there is a holder.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.holder.is_some()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.known.len()
+    }
+
+    pub(crate) fn socket(&self, index: usize) -> PathBuf {
+        self.lab.path(&format!("nic{index}.sock"))
+    }
+
+    fn holder_socket(&self) -> PathBuf {
+        self.lab.path("hold/agent.sock")
+    }
+
+    pub(crate) async fn start_device(&mut self, index: usize, device: &str) {
+        let mut command = Command::new(program("vfio-user-device", "vfio-checkpoint-device"));
+        command.arg("--socket").arg(self.socket(index)).args(["--device", device]);
+        let mut process = Process::start(&format!("device {index}"), &mut command);
+        process.wait_for("listening", |line| line.contains("listening on").then_some(())).await;
+        self.put_device(index, process);
+    }
+
+    pub(crate) fn put_device(&mut self, index: usize, process: Process) {
+        self.devices.insert(index, process);
+    }
+
+    fn write_config(&self, names: &[String], with_holder: bool) {
+        let addresses: Vec<String> =
+            (0..names.len()).map(|index| format!("vfio-user:{}", self.socket(index).display())).collect();
+        let pairs: Vec<(&str, &str)> =
+            names.iter().map(String::as_str).zip(addresses.iter().map(String::as_str)).collect();
+        let mut config = self.lab.config("agent", &pairs);
+        if with_holder {
+            config.holder.socket = Some(self.holder_socket());
+        }
+        // The smallest: a state is several chunks.
+        config.limits.max_chunk_bytes = 64 << 10;
+        fs::write(&self.config, toml(&config)).unwrap();
+    }
+
+    pub(crate) async fn start_holder(&mut self) {
+        let mut command = if self.programs {
+            let mut command = Command::new(program("vfio-checkpointd", "vfio-checkpoint-server"));
+            command.arg("hold").arg("--socket").arg(self.holder_socket());
+            command
+        } else {
+            let mut command = this_program("world::a_holder_that_will_be_killed");
+            command.env(HOLDER, self.holder_socket());
+            command
+        };
+        let mut holder = Process::start("holder", &mut command);
+        holder.wait_for("holding", |line| line.contains("holding ").then_some(())).await;
+        self.holder = Some(holder);
+    }
+
+    pub(crate) fn holder(&mut self) -> &mut Process {
+        self.holder.as_mut().unwrap()
+    }
+
+    pub(crate) fn kill_holder(&mut self) {
+        self.holder.take().unwrap().kill();
+    }
+
+    pub(crate) fn kill_device(&mut self, index: usize) {
+        self.devices.remove(index).kill();
+    }
+
+    /// Starts the agent and waits until it is served.
+    pub(crate) async fn start(&mut self) {
+        self.launch("");
+        self.served().await;
+    }
+
+    /// Starts the agent. It stops where it is told, as in `FAILPOINTS`.
+    pub(crate) fn launch(&mut self, failpoints: &str) {
+        assert!(self.agent.is_none(), "the agent runs");
+        let mut command = if self.programs {
+            let mut command = Command::new(program("vfio-checkpointd", "vfio-checkpoint-server"));
+            command.arg("serve").arg("--config").arg(&self.config);
+            command
+        } else {
+            let mut command = this_program("world::an_agent_that_will_be_killed");
+            command.env(AGENT, &self.config).env("FAILPOINTS", failpoints);
+            command
+        };
+        self.agent = Some(Process::start("agent", &mut command));
+    }
+
+    /// Waits until the agent is served.
+    pub(crate) async fn served(&mut self) {
+        let address = self.agent().wait_for("where it is served", |line| {
+            let line: Value = serde_json::from_str(line).ok()?;
+            let fields = &line["fields"];
+            (fields["message"] == "serving").then(|| fields["address"].as_str()?.parse().ok())?
+        });
+        self.address = Some(address.await);
+    }
+
+    pub(crate) fn agent(&mut self) -> &mut Process {
+        self.agent.as_mut().expect("the agent runs")
+    }
+
+    /// Has the agent stop where it comes to `point` for the `times`th time.
+    pub(crate) async fn arm(&mut self, point: &str, times: u32) {
+        self.agent().tell(&format!("arm {times} {point}"));
+        self.agent().wait_for("that it is armed", |line| (line == "armed").then_some(())).await;
+    }
+
+    /// Waits until the agent has stopped where it was told to.
+    pub(crate) async fn stopped(&mut self, point: &str) {
+        let line = format!("stopped at {point}");
+        self.agent().wait_for(&line, |said| (said == line).then_some(())).await;
+    }
+
+    /// Kills the agent with SIGKILL.
+    pub(crate) fn kill_agent(&mut self) {
+        self.address = None;
+        self.agent.take().expect("the agent runs").kill();
+    }
+
+    pub(crate) async fn client(&self) -> Client {
+        let address = self.address.expect("the agent is served");
+        self.lab.client_at(address, "spiffe://lab.test/admin/test").await
+    }
+
+    /// Learns the seal of every content of every device, and leaves each device with its own.
+    async fn learn(&mut self) {
+        let client = self.client().await;
+        for content in [Content::Fresh, Content::Other, Content::Own] {
+            if content != Content::Fresh {
+                self.load(&client, content).await;
+            }
+            let saved = self.save(&client).await;
+            for (known, seal) in self.known.iter_mut().zip(saved.seals) {
+                known[content as usize] = Some(seal);
+            }
+            self.manifest = Some(saved.manifest);
+        }
+        for known in &self.known {
+            assert!(known[0] != known[1] && known[1] != known[2] && known[0] != known[2], "{known:?}");
+        }
+    }
+
+    /// A whole save of all devices: what the tests know devices by.
+    pub(crate) async fn save(&self, client: &Client) -> Saved {
+        Job::save(self.len()).saved(client).await
+    }
+
+    /// Brings a content into all devices.
+    pub(crate) async fn load(&self, client: &Client, content: Content) {
+        let ended = Job::restore(self.len()).run(client, self, content).await;
+        assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
+    }
+
+    /// What every device carries, by a save: so every device takes a new one, too.
+    pub(crate) async fn contents(&self, client: &Client) -> Vec<Content> {
+        let saved = self.save(client).await;
+        let contents = saved.seals.iter().zip(&self.known).map(|(seal, known)| {
+            [Content::Fresh, Content::Own, Content::Other]
+                .into_iter()
+                .find(|content| known[*content as usize].as_ref() == Some(seal))
+                .unwrap_or_else(|| panic!("a state that nobody has brought: {seal:?}, known are {known:?}"))
+        });
+        contents.collect()
+    }
+
+    /// The devices as the agent sees them.
+    pub(crate) async fn devices(&self, client: &Client) -> Vec<v1::Device> {
+        let mut devices = Vec::new();
+        for index in 0..self.len() {
+            let request = v1::GetDeviceRequest { name: format!("devices/nic{index}") };
+            devices.push(client.get_device(request).await.unwrap().device.unwrap());
+        }
+        devices
+    }
+
+    /// What the agent said last, for a test that fails.
+    pub(crate) fn log(&self) -> String {
+        self.agent.as_ref().map(Process::said).unwrap_or_default()
+    }
+}
+
+/// The whole state that a device of this seed would save.
+pub(crate) fn state(seed: usize) -> Vec<u8> {
+    let DeviceAddress::Sim(address) = format!("sim:seed={seed},{MEMORY}").parse().unwrap() else {
+        unreachable!("it is simulated")
+    };
+    let slot = SimDevice::new(address.config().unwrap(), Arc::new(Threads::new())).unwrap();
+    let mut device = slot.open().unwrap();
+    let target = State::StopCopy;
+    let mut stream = device.set_state(target).unwrap().unwrap().into_save(Call::SetState(target)).unwrap();
+    let (mut state, mut buffer) = (Vec::new(), vec![0; 64 << 10]);
+    loop {
+        match stream.read(&mut buffer).unwrap() {
+            Got::Bytes(bytes) => state.extend_from_slice(&buffer[..bytes]),
+            Got::Zero => return state,
+            Got::NothingNow => panic!("nothing now, in STOP_COPY"),
+        }
+    }
+}
+
+/// A configuration as its file. Of all that there is only what a test sets.
+fn toml(config: &AgentConfig) -> String {
+    let quoted = |value: &dyn std::fmt::Display| serde_json::to_string(&value.to_string()).unwrap();
+    let path = |path: &Path| quoted(&path.display());
+    let tls = &config.tls;
+    let mut lines = vec![
+        format!("node.state_dir = {}", path(&config.node.state_dir)),
+        format!("server.listen = {}", quoted(&config.server.listen)),
+        format!("limits.max_chunk_bytes = {}", config.limits.max_chunk_bytes),
+        "telemetry.format = \"json\"".to_owned(),
+        format!("tls.certificate = {}", path(&tls.certificate)),
+        format!("tls.key = {}", path(&tls.key)),
+        format!("tls.client_ca = {}", path(&tls.client_ca)),
+    ];
+    lines.extend(config.holder.socket.iter().map(|socket| format!("holder.socket = {}", path(socket))));
+    lines.extend(
+        config
+            .grants
+            .iter()
+            .map(|grant| format!("[[grants]]\nwho = {}\nroles = {}", json!(grant.who), json!(grant.roles))),
+    );
+    lines.extend(config.devices.iter().map(|device| {
+        format!("[[devices]]\nname = {}\naddress = {}", quoted(&device.name), quoted(&device.address))
+    }));
+    lines.join("\n")
+}
+
+/// This test program, as one of its own tests.
+pub(crate) fn this_program(test: &str) -> Command {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture"]).env_remove(AGENT).env_remove(HOLDER);
+    command
+}
+
+/// Does what is said on standard input, and ends with whoever says it.
+fn listen() {
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        match line.split_once(' ').map(|(word, rest)| (word, rest.split_once(' '))) {
+            Some(("arm", Some((times, point)))) => {
+                failpoint::arm(point, times.parse().unwrap());
+                eprintln!("armed");
+            }
+            Some(_) | None => failpoint::release(),
+        }
+    }
+    std::process::exit(1);
+}
+
+/// An agent, until it is killed. Run by the other tests, in a process of its own; by itself it has nothing to do.
+#[test]
+fn an_agent_that_will_be_killed() -> ExitCode {
+    let Some(path) = env::var_os(AGENT) else { return ExitCode::SUCCESS };
+    let config = AgentConfig::load(Some(Path::new(&path)), json!({})).unwrap();
+    telemetry::begin(&config.telemetry).unwrap();
+    std::thread::spawn(listen);
+    // What is stopped blocks its thread, and the rest must go on.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
+    runtime.block_on(async {
+        match Agent::start(config, Environment::production()).await {
+            Ok(_agent) => std::future::pending().await,
+            Err(error) => {
+                eprintln!("does not begin: {error}");
+                ExitCode::FAILURE
+            }
+        }
+    })
+}
+
+/// A holder, until it is killed. Run by the other tests, in a process of its own; by itself it has nothing to do.
+#[test]
+fn a_holder_that_will_be_killed() {
+    let Some(socket) = env::var_os(HOLDER) else { return };
+    telemetry::begin(&AgentConfig::default().telemetry).unwrap();
+    std::thread::spawn(listen);
+    let options = HolderOptions { socket: socket.into(), max_devices: 16 };
+    holder::run(options).unwrap();
+}
