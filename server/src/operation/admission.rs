@@ -1,5 +1,9 @@
 //! Why a job cannot work, all of it at once, before anything is touched. Pure: it looks at what was read back and at
 //! what is asked for.
+//!
+//! State whose source runs on is restored all the same: the manifest says what was meant for the source
+//! ([`source_disposition`](vfio_checkpoint_proto::domain::Manifest::source_disposition)), but whether that still holds, and
+//! on which node, is not known to an agent that is handed a stream. The restored device runs under a higher epoch.
 
 #[cfg(test)]
 mod tests;
