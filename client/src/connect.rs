@@ -5,7 +5,7 @@
 //! ```
 //!
 //! In TLS 1.3 a client is done with its handshake before the server has seen the client's certificate. So a connection
-//! counts as made when the agent's first bytes are there: only then has it accepted who we are. [`Gate`] watches for it.
+//! counts as made when the agent's first bytes are there: only then has it accepted who we are. `Gate` watches for it.
 //!
 //! Invariants: there is one time limit over all steps. Nothing is sent without TLS. HTTP/2 windows are explicit.
 //!

@@ -4,7 +4,7 @@
 //!   FAILPOINTS=NAME=3, or arm("NAME", 3)
 //!   reached(NAME), reached(NAME), reached(NAME): "stopped at NAME" on standard error, and no step further
 //! ```
-//! They are there with the feature `failpoints` alone, which only the workspace's tests turn on. Without it [`reached`] is
+//! They are there with the feature `failpoints` alone, which only the workspace's tests turn on. Without it `reached` is
 //! an empty function, and nothing reads the environment. The crate `fail` is not used: it prints nothing before it
 //! pauses, and brings a second version of several crates, which the dependency rules refuse.
 //!

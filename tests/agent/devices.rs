@@ -289,8 +289,9 @@ async fn a_reset_with_a_request_id_happens_once() {
     wrong.request_id = request_id(2);
     drop(admin);
     node.stop().await;
-    let before = bench.device.resets();
     let node = Node::start(&config).await;
+    // Now, and no sooner: the device process resets when it has noticed that the agent before hung up.
+    let before = bench.device.resets();
     let admin = lab.client(node.agent(), "admin").await;
     assert!(admin.reset_device(discard).await.unwrap().state_lost, "known after a restart");
     assert_eq!(bench.device.resets(), before, "and not done again");
