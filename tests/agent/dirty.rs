@@ -44,6 +44,16 @@ async fn a_log_is_started_read_and_ended() {
     refused(migrator.stop_dirty_tracking(stop("nic0")).await, Code::PermissionDenied, "NOT_YOUR_DIRTY_LOG");
     let others = migrator.start_dirty_tracking(from("nic0", &[(0, 64 * PAGE)])).await;
     refused(others, Code::PermissionDenied, "NOT_YOUR_DIRTY_LOG");
+    // A reset that keeps the state keeps the log, and whose it is.
+    let admin = lab.client(&agent, "admin").await;
+    let keep = v1::ResetDeviceRequest {
+        name: "devices/nic0".to_owned(),
+        mode: v1::ResetMode::KeepState.into(),
+        ..Default::default()
+    };
+    assert!(!admin.reset_device(keep).await.unwrap().state_lost);
+    let others = migrator.report_dirty_pages(of("nic0", 0, 13 * PAGE)).await;
+    refused(others, Code::PermissionDenied, "NOT_YOUR_DIRTY_LOG");
     let report = saver.report_dirty_pages(of("nic0", 0, 13 * PAGE)).await.unwrap();
     assert_eq!((report.bitmap.as_ref(), report.all_dirty), ([0u8, 0].as_slice(), false), "it wrote nothing");
 

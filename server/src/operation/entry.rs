@@ -1,5 +1,8 @@
 //! One operation as the agent knows it: what never changes, what does, and what its caller can say.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -443,69 +446,4 @@ pub(super) fn total(sizes: impl IntoIterator<Item = DataSize>) -> DataSize {
             DataSize::UpperBound(a.saturating_add(b))
         }
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn entry(job: JobRecord) -> Entry {
-        let fixed = Fixed {
-            name: OperationName::from_id("0-0").unwrap(),
-            job,
-            devices: Vec::new(),
-            caller: "spiffe://lab.test/saver".to_owned(),
-            request_id: None,
-            owner_pod: String::new(),
-            created: UnixMillis(0),
-            trace_id: None,
-        };
-        Entry::new(fixed, UnixMillis(1)).0
-    }
-
-    fn save(manual_cutover: bool, after: AfterRecord) -> Entry {
-        entry(JobRecord::Save { pre_copy: false, barrier: false, manual_cutover, after })
-    }
-
-    #[test]
-    fn a_resume_after_the_hold_ran_out_is_no_success() {
-        let entry = save(false, AfterRecord::Hold);
-        entry.change(|view| view.phase = Phase::Resuming);
-        assert_eq!(entry.resume(), Err(Refused::NotHeld { phase: Phase::Resuming }));
-        entry.change(|view| view.phase = Phase::Held);
-        entry.resume().unwrap();
-        entry.change(|view| view.phase = Phase::Resuming);
-        entry.resume().expect("said again while it has its effect");
-    }
-
-    #[test]
-    fn what_is_being_undone_takes_no_cutover() {
-        let entry = save(true, AfterRecord::Resume);
-        entry.cutover().unwrap();
-        entry.change(|view| view.phase = Phase::Unwinding);
-        assert_eq!(entry.cutover(), Err(Refused::Undone));
-        entry.cancel(Cancel::ShuttingDown).expect("said again");
-    }
-
-    #[test]
-    fn past_the_point_of_no_return_there_is_nothing_to_cancel() {
-        let entry = save(false, AfterRecord::Resume);
-        entry.change(|view| {
-            view.phase = Phase::Resuming;
-            view.cancellable = false;
-        });
-        let refused = entry.cancel(Cancel::Requested { by: "a".to_owned() });
-        assert_eq!(refused, Err(Refused::PastNoReturn { phase: Phase::Resuming }));
-        assert_eq!(entry.signals.cancel_reason(), None);
-    }
-
-    #[test]
-    fn a_sum_is_as_sure_as_the_least_sure_of_its_parts() {
-        use DataSize::{Known, Unknown, UpperBound};
-        assert_eq!(total([]), Known(0));
-        assert_eq!(total([Known(1), Known(2)]), Known(3));
-        assert_eq!(total([Known(1), UpperBound(2)]), UpperBound(3));
-        assert_eq!(total([UpperBound(1), Unknown, Known(2)]), Unknown);
-        assert_eq!(total([Known(u64::MAX), Known(1)]), Known(u64::MAX));
-    }
 }

@@ -188,7 +188,10 @@ impl Core {
         // The device is reset: no way back from here. Nobody gets it before that is on record.
         self.commit_surely(changes).await;
         slot.set_record(record);
-        slot.set_log_owner(None);
+        if matches!(reset, Ok(Outcome::StateLost)) {
+            // The log went with the state. Otherwise it may be running still, and is its owner's.
+            slot.set_log_owner(None);
+        }
         drop(lease);
         match reset {
             Ok(outcome) => {
