@@ -1,0 +1,117 @@
+//! Space for a checkpoint, before its save begins.
+//!
+//! In a local store the space is taken: a hidden file of that length is allocated, and it shrinks as chunks are written.
+//! Where the file system cannot allocate, the free space is looked at instead. A bucket elsewhere has no such notion.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags, fallocate, fstatvfs, ftruncate, openat, unlinkat};
+use rustix::io::Errno;
+
+use crate::local::{LocalFolder, off_runtime};
+use crate::{CheckpointId, Store, StoreError};
+
+/// Space of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// What a checkpoint may take, in bytes.
+    pub free_bytes: u64,
+    /// What the file system has, in bytes.
+    pub total_bytes: u64,
+}
+
+impl Store {
+    /// How much space there is. None where the store does not know.
+    pub async fn space(&self) -> Result<Option<Space>, StoreError> {
+        match self.bucket.folder() {
+            Some(folder) => folder.space(self.limits.keep_free_bytes).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    pub(crate) async fn reserve(&self, id: CheckpointId, bytes: u64) -> Result<Reservation, StoreError> {
+        match self.bucket.folder() {
+            Some(folder) => Reservation::take(folder, id, bytes, self.limits.keep_free_bytes).await,
+            None => Ok(Reservation { file: None, left_bytes: 0 }),
+        }
+    }
+}
+
+impl LocalFolder {
+    async fn space(&self, keep_free_bytes: u64) -> Result<Space, StoreError> {
+        let root = Arc::clone(self.root());
+        let stat = off_runtime(move || fstatvfs(&*root)).await?;
+        let stat = stat.map_err(|errno| self.failed("look at the space of", errno))?;
+        Ok(Space {
+            free_bytes: (stat.f_bavail.saturating_mul(stat.f_frsize)).saturating_sub(keep_free_bytes),
+            total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    fn failed(&self, what: &'static str, errno: Errno) -> StoreError {
+        StoreError::Folder { what, path: self.path().to_owned(), source: errno.into() }
+    }
+}
+
+/// Space that was taken. Given back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    file: Option<Arc<OwnedFd>>,
+    left_bytes: u64,
+}
+
+impl Reservation {
+    async fn take(
+        folder: &LocalFolder,
+        id: CheckpointId,
+        bytes: u64,
+        keep_free_bytes: u64,
+    ) -> Result<Self, StoreError> {
+        let space = folder.space(keep_free_bytes).await?;
+        let no_space = StoreError::NoSpace { needed_bytes: bytes, free_bytes: space.free_bytes };
+        if bytes > space.free_bytes {
+            return Err(no_space);
+        }
+        if bytes == 0 {
+            return Ok(Self { file: None, left_bytes: 0 });
+        }
+        let root = Arc::clone(folder.root());
+        let allocated = off_runtime(move || allocate(&root, id, bytes)).await?;
+        match allocated {
+            Ok(file) => Ok(Self { file: Some(Arc::new(file)), left_bytes: bytes }),
+            // The look at the free space has to do.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(Self { file: None, left_bytes: 0 }),
+            Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => Err(no_space),
+            Err(errno) => Err(folder.failed("reserve space in", errno)),
+        }
+    }
+
+    /// Gives some of it back, for what is about to be written.
+    pub(crate) async fn shrink(&mut self, bytes: u64) -> Result<(), StoreError> {
+        let Some(file) = self.file.clone() else { return Ok(()) };
+        self.left_bytes = self.left_bytes.saturating_sub(bytes);
+        let left = self.left_bytes;
+        // Where it does not shrink there is less space than there could be, and nothing else is wrong.
+        let _ = off_runtime(move || ftruncate(&*file, left)).await?;
+        Ok(())
+    }
+}
+
+/// A file without a name: it goes with its last descriptor, also when the process is killed.
+fn allocate(root: &OwnedFd, id: CheckpointId, bytes: u64) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let file = match openat(root, ".", flags | OFlags::TMPFILE, mode) {
+        Ok(file) => file,
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => {
+            let name = format!(".reserved-{id}");
+            let file = openat(root, &*name, flags | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW, mode)?;
+            unlinkat(root, &*name, AtFlags::empty())?;
+            file
+        }
+        Err(errno) => return Err(errno),
+    };
+    fallocate(&file, FallocateFlags::empty(), 0, bytes)?;
+    Ok(file)
+}

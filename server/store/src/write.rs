@@ -1,0 +1,372 @@
+//! Into a store: one checkpoint, from its intent to its manifest.
+//!
+//! ```text
+//!   begin:  reserve space; read the newest checkpoints of the same devices; say what it builds on; look again
+//!   chunk:  cut --known--> noted            (on a thread that may block)
+//!               '--new----> pack, upload    (several at a time)
+//!   commit: all uploads done -> flush -> pointers, table -> manifest, create-only -> intent removed
+//! ```
+//! # Failure paths
+//! The point of no return is the creation of the manifest. Where its answer is lost for good, the writer tries to create
+//! the word that it is revoked in its place: one of the two is there then, and says what is true. A writer that is dropped
+//! leaves its intent and its chunks to a collector; [`Writer::abort`] removes them at once.
+
+use std::collections::{BTreeSet, HashMap, hash_map};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
+use vfio_checkpoint_seal::Seal;
+
+use crate::bucket::{Bucket, Created};
+use crate::collect::condemned;
+use crate::cut::{Cutter, Piece};
+use crate::intent::Intent;
+use crate::key::{self, ChunkKey, Part};
+use crate::local::off_runtime;
+use crate::manifest::{Added, Document, MOST_STATES, Manifest, State, check_logical_device};
+use crate::space::Reservation;
+use crate::table::{self, Entry, Table};
+use crate::{CheckpointId, Limits, Store, StoreError};
+
+/// How many checkpoints of one logical device a save builds on.
+const BASES_OF_A_DEVICE: usize = 2;
+/// How many checkpoints a save builds on. Their tables are in memory while it runs.
+const MOST_BASES: usize = 8;
+
+/// What a save begins with.
+#[derive(Debug, Clone)]
+pub struct Begin {
+    /// The checkpoint that it makes.
+    pub id: CheckpointId,
+    /// Whose states it saves, in the order of the set.
+    pub logical_devices: Vec<String>,
+    /// How much state there will be at most. Zero where it is not known, and nothing is reserved.
+    pub reserve_bytes: u64,
+}
+
+/// One save at work.
+#[derive(Debug)]
+pub struct Writer {
+    id: CheckpointId,
+    bucket: Bucket,
+    intent_at_work: AbortHandle,
+    reservation: Reservation,
+    known: HashMap<[u8; 32], Known>,
+    devices: Vec<Seat>,
+    uploads: JoinSet<Result<([u8; 32], u32), StoreError>>,
+    permits: Arc<Semaphore>,
+    added: Added,
+    chunks: usize,
+}
+
+#[derive(Debug)]
+struct Seat {
+    logical_device: String,
+    cutter: Option<Cutter>,
+    seal: Option<Seal>,
+    chunks: Vec<([u8; 32], u32)>,
+}
+
+/// A chunk that need not be uploaded.
+#[derive(Debug, Clone, Copy)]
+enum Known {
+    /// Another checkpoint has it.
+    Base(Entry),
+    /// It is on its way, or there.
+    Ours { stored_bytes: u32 },
+}
+
+impl Store {
+    /// Begins a save. Nothing of it can be seen before its commit.
+    pub async fn begin(&self, begin: Begin) -> Result<Writer, StoreError> {
+        let Begin { id, logical_devices, reserve_bytes } = begin;
+        if logical_devices.is_empty() || logical_devices.len() > MOST_STATES {
+            let problem = format!("there are {}; 1 to {MOST_STATES} are possible", logical_devices.len());
+            return Err(StoreError::Invalid { field: "logical_devices", problem });
+        }
+        for name in &logical_devices {
+            let invalid = |problem| StoreError::Invalid { field: "logical_devices", problem };
+            check_logical_device(name).map_err(invalid)?;
+        }
+        let reservation = self.reserve(id, reserve_bytes).await?;
+        let bases = self.bases(&logical_devices).await?;
+        let intent = Intent::new(bases.iter().map(|(id, _)| *id).collect()).encode()?;
+        let at = key::intent(id);
+        self.bucket.put(&at, intent.clone()).await?;
+        let renewal = tokio::spawn(renew(self.bucket.clone(), Arc::clone(&self.limits), at, intent));
+        let mut writer = Writer {
+            id,
+            bucket: self.bucket.clone(),
+            intent_at_work: renewal.abort_handle(),
+            reservation,
+            known: HashMap::new(),
+            devices: logical_devices.into_iter().map(Seat::new).collect(),
+            uploads: JoinSet::new(),
+            permits: Arc::new(Semaphore::new(self.limits.parallel.max(1))),
+            added: Added::default(),
+            chunks: 0,
+        };
+        match writer.trust(bases).await {
+            Ok(()) => Ok(writer),
+            Err(error) => {
+                writer.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// The newest checkpoints of these logical devices, with their tables. One that is damaged is left out: a save must
+    /// not fail because an old one rotted.
+    async fn bases(&self, logical_devices: &[String]) -> Result<Vec<(CheckpointId, Table)>, StoreError> {
+        let mut ids = BTreeSet::new();
+        for name in logical_devices {
+            let listed = self.bucket.list(&key::of_device(name)).await?;
+            let mut of_device: Vec<CheckpointId> =
+                listed.iter().filter_map(|found| key::id_of(&found.path)).collect();
+            of_device.sort_unstable();
+            ids.extend(of_device.into_iter().rev().take(BASES_OF_A_DEVICE));
+        }
+        let mut bases = Vec::new();
+        for id in ids.into_iter().rev().take(MOST_BASES) {
+            match self.get(id).await {
+                Ok(checkpoint) => bases.push((id, checkpoint.into_table())),
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error @ StoreError::Damaged { .. }) => {
+                    tracing::warn!(checkpoint = %id, %error, "an earlier checkpoint cannot be built on");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(bases)
+    }
+}
+
+/// Says again and again that a writer is there.
+async fn renew(bucket: Bucket, limits: Arc<Limits>, at: object_store::path::Path, intent: Bytes) {
+    loop {
+        tokio::time::sleep(limits.renew_interval).await;
+        if let Err(error) = bucket.put(&at, intent.clone()).await {
+            tracing::warn!(%error, "a save cannot say that it is still there");
+        }
+    }
+}
+
+impl Seat {
+    fn new(logical_device: String) -> Self {
+        Self { logical_device, cutter: Some(Cutter::default()), seal: None, chunks: Vec::new() }
+    }
+}
+
+impl Writer {
+    /// The checkpoint that it makes.
+    pub fn id(&self) -> CheckpointId {
+        self.id
+    }
+
+    /// What was new so far.
+    pub fn added(&self) -> Added {
+        self.added
+    }
+
+    /// Takes over the chunks of these checkpoints, now that the intent names them: those that no collector has condemned,
+    /// of those checkpoints that are still there. In this order.
+    async fn trust(&mut self, bases: Vec<(CheckpointId, Table)>) -> Result<(), StoreError> {
+        if bases.is_empty() {
+            return Ok(());
+        }
+        let condemned = condemned(&self.bucket).await?;
+        for (id, table) in bases {
+            // The mark first: it outlives the manifest, so that without either it is not there.
+            let is_there = !self.bucket.has(&key::part(id, Part::Deleted)).await?
+                && self.bucket.has(&key::part(id, Part::Manifest)).await?;
+            if is_there {
+                let trusted = table.iter().filter(|entry| !condemned.contains(&entry.key));
+                self.known.extend(trusted.map(|entry| (entry.key.blake3, Known::Base(entry))));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the next bytes of one device's state. Waits while as much is in flight as may be.
+    pub async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), StoreError> {
+        let mut cutter = self.cutter(device)?;
+        let (cutter, pieces) = off_runtime(move || {
+            let pieces = cutter.push(&bytes);
+            (cutter, pieces)
+        })
+        .await?;
+        self.devices[device].cutter = Some(cutter);
+        self.place(device, pieces).await
+    }
+
+    /// One device's state is whole. Returns its length and digest.
+    pub async fn finish(&mut self, device: usize) -> Result<Seal, StoreError> {
+        let cutter = self.cutter(device)?;
+        let (pieces, seal) = off_runtime(move || cutter.finish()).await?;
+        self.devices[device].seal = Some(seal);
+        self.place(device, pieces).await?;
+        Ok(seal)
+    }
+
+    fn cutter(&mut self, device: usize) -> Result<Cutter, StoreError> {
+        let cutter = self.devices.get_mut(device).and_then(|device| device.cutter.take());
+        cutter.ok_or_else(|| StoreError::Invalid {
+            field: "device",
+            problem: format!("there is no state {device} that is still being written"),
+        })
+    }
+
+    async fn place(&mut self, device: usize, pieces: Vec<Piece>) -> Result<(), StoreError> {
+        for piece in pieces {
+            self.chunks += 1;
+            let encoded = (self.chunks as u64).saturating_mul(table::ENTRY_BYTES as u64);
+            if encoded > table::MOST_BYTES {
+                return Err(StoreError::TooLarge {
+                    what: "the table of chunks",
+                    bytes: encoded,
+                    most_bytes: table::MOST_BYTES,
+                });
+            }
+            self.devices[device].chunks.push((piece.blake3, piece.plain_bytes));
+            if let hash_map::Entry::Vacant(unknown) = self.known.entry(piece.blake3) {
+                unknown.insert(Known::Ours { stored_bytes: 0 });
+                self.added.chunks += 1;
+                self.added.plain_bytes += u64::from(piece.plain_bytes);
+                self.upload(piece).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn upload(&mut self, piece: Piece) -> Result<(), StoreError> {
+        while let Some(done) = self.uploads.try_join_next() {
+            self.uploaded(done)?;
+        }
+        self.reservation.shrink(u64::from(piece.plain_bytes)).await?;
+        let permits = Arc::clone(&self.permits);
+        let permit = permits.acquire_owned().await.map_err(|_| StoreError::Died)?;
+        let (bucket, upload) = (self.bucket.clone(), self.id);
+        self.uploads.spawn(async move {
+            let blake3 = piece.blake3;
+            let packed = off_runtime(move || piece.pack()).await?;
+            let stored_bytes = u32::try_from(packed.len()).unwrap_or(u32::MAX);
+            bucket.put_chunk(&ChunkKey { blake3, upload }.path(), packed).await?;
+            drop(permit);
+            Ok((blake3, stored_bytes))
+        });
+        Ok(())
+    }
+
+    fn uploaded(
+        &mut self,
+        done: Result<Result<([u8; 32], u32), StoreError>, tokio::task::JoinError>,
+    ) -> Result<(), StoreError> {
+        let (blake3, stored_bytes) = done.map_err(|_| StoreError::Died)??;
+        self.added.stored_bytes += u64::from(stored_bytes);
+        self.known.insert(blake3, Known::Ours { stored_bytes });
+        Ok(())
+    }
+
+    /// Makes the checkpoint. It is there and durable when this returns.
+    pub async fn commit(mut self, about: serde_json::Value) -> Result<Manifest, StoreError> {
+        match self.prepare(about).await {
+            Ok((manifest, document)) => self.create(manifest, document).await,
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything but the manifest.
+    async fn prepare(&mut self, about: serde_json::Value) -> Result<(Manifest, Bytes), StoreError> {
+        while let Some(done) = self.uploads.join_next().await {
+            self.uploaded(done)?;
+        }
+        let invalid = |problem: String| StoreError::Invalid { field: "states", problem };
+        let mut table = Table::default();
+        let mut states = Vec::with_capacity(self.devices.len());
+        for (index, device) in self.devices.iter().enumerate() {
+            let seal = device.seal.ok_or_else(|| invalid(format!("state {index} is not whole yet")))?;
+            for (blake3, plain_bytes) in &device.chunks {
+                let entry = match self.known.get(blake3) {
+                    Some(Known::Base(entry)) => *entry,
+                    Some(Known::Ours { stored_bytes }) => Entry {
+                        key: ChunkKey { blake3: *blake3, upload: self.id },
+                        plain_bytes: *plain_bytes,
+                        stored_bytes: *stored_bytes,
+                    },
+                    None => return Err(StoreError::Died),
+                };
+                table.push(entry).map_err(|problem| invalid(problem.to_owned()))?;
+            }
+            states.push(State {
+                logical_device: device.logical_device.clone(),
+                seal,
+                chunks: device.chunks.len() as u64,
+            });
+        }
+        let encoded = table.encode();
+        let manifest = Manifest::new(self.id, about, states, self.added, &encoded);
+        let document = Document::Checkpoint(Box::new(manifest.clone())).encode()?;
+        self.bucket.flush().await?;
+        for device in &self.devices {
+            self.bucket.put(&key::device_has(&device.logical_device, self.id), Bytes::new()).await?;
+        }
+        self.bucket.put(&key::part(self.id, Part::Table), encoded).await?;
+        Ok((manifest, document))
+    }
+
+    async fn create(self, manifest: Manifest, document: Bytes) -> Result<Manifest, StoreError> {
+        let (id, at) = (self.id, key::part(self.id, Part::Manifest));
+        match self.bucket.create(&at, document.clone()).await {
+            Ok(Created::Yes) => {
+                self.intent_at_work.abort();
+                if let Err(error) = self.bucket.delete(&key::intent(id)).await {
+                    tracing::info!(checkpoint = %id, %error, "an intent is left to be collected");
+                }
+                Ok(manifest)
+            }
+            Ok(Created::Taken) => {
+                self.abort().await;
+                Err(StoreError::Revoked { id })
+            }
+            // Whether it is there is not known. What is created now decides it, if the store can be reached again.
+            Err(error) => match self.bucket.create(&at, Document::revoked(id).encode()?).await {
+                Ok(Created::Yes) => {
+                    self.abort().await;
+                    Err(error)
+                }
+                Ok(Created::Taken) if self.bucket.create(&at, document).await? == Created::Yes => {
+                    Ok(manifest)
+                }
+                // A collector will decide it. The chunks must stay until then, and so must the intent.
+                Ok(Created::Taken) | Err(_) => Err(error),
+            },
+        }
+    }
+
+    /// Gives the save up, and removes what it has put into the store, as far as that can be done.
+    pub async fn abort(mut self) {
+        self.intent_at_work.abort();
+        self.uploads.shutdown().await;
+        let ours = self.known.iter().filter(|(_, known)| matches!(known, Known::Ours { .. }));
+        let chunks = ours.map(|(blake3, _)| ChunkKey { blake3: *blake3, upload: self.id }.path());
+        let pointers = self.devices.iter().map(|device| key::device_has(&device.logical_device, self.id));
+        let rest = pointers.chain([key::part(self.id, Part::Table), key::intent(self.id)]);
+        for at in chunks.chain(rest).collect::<Vec<_>>() {
+            if let Err(error) = self.bucket.delete(&at).await {
+                tracing::info!(checkpoint = %self.id, %error, "what a save left is left to be collected");
+                return;
+            }
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.intent_at_work.abort();
+    }
+}
