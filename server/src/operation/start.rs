@@ -108,8 +108,9 @@ impl Core {
             entry.expects(index, view.data_size);
         }
         let span = run::span(self, &entry);
-        let work = run::save(Arc::clone(self), Arc::clone(&entry), lease, terms, manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        let work = run::Work::Save(terms);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, arrival);
+        tokio::spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
     }
 
@@ -163,8 +164,9 @@ impl Core {
             entry.expects(index, admission::size(device.data_size));
         }
         let span = run::span(self, &entry);
-        let work = run::restore(Arc::clone(self), Arc::clone(&entry), lease, terms, spec.manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        let work = run::Work::Restore(terms);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, spec.manifest, arrival);
+        tokio::spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
 
