@@ -58,6 +58,8 @@ fn end() -> EndRecord {
         downtime: Some(Duration::from_nanos(1_234_567_891)),
         predicted_downtime: None,
         quarantined: vec![device()],
+        hung: vec![device()],
+        unavailable: Vec::new(),
         left_stopped: false,
     }
 }

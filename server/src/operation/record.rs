@@ -161,6 +161,12 @@ pub struct EndRecord {
     pub predicted_downtime: Option<Duration>,
     /// Devices that wait for somebody to decide.
     pub quarantined: Vec<DeviceName>,
+    /// Devices on which a call did not return. Nobody can decide anything about them before the agent is restarted.
+    #[serde(default)]
+    pub hung: Vec<DeviceName>,
+    /// Devices that were not open.
+    #[serde(default)]
+    pub unavailable: Vec<DeviceName>,
     /// Devices that stay stopped, as was asked for.
     pub left_stopped: bool,
 }
