@@ -108,7 +108,7 @@ async fn every_step_and_record_is_read_back_as_it_was_written() {
     let folder = tempfile::tempdir().unwrap();
     let steps = [
         RecordedStep::Admitted,
-        RecordedStep::Held { deadline: UnixMillis(77) },
+        RecordedStep::Held { deadline: UnixMillis(77), limit: Some(Duration::from_secs(5)) },
         RecordedStep::Running { inconsistent: false },
         RecordedStep::Running { inconsistent: true },
         RecordedStep::Stopped,

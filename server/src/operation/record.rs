@@ -106,6 +106,9 @@ pub enum RecordedStep {
     Held {
         /// When the hold ends by itself.
         deadline: UnixMillis,
+        /// How long it was to last. None in records of before it was kept.
+        #[serde(default)]
+        limit: Option<Duration>,
     },
     /// A sealed save lets its devices run again, or a verified restore is about to.
     Running {
@@ -128,6 +131,19 @@ impl RecordedStep {
             Self::Running { .. } => "RUNNING",
             Self::Stopped => "STOPPED",
             Self::Ended(_) => "ENDED",
+        }
+    }
+
+    /// How much of a hold is left at `now`; zero where there is none.
+    ///
+    /// The deadline is by the wall clock, which somebody may have set back since: no hold has more left than it was to
+    /// last.
+    pub fn hold_left(&self, now: UnixMillis) -> Duration {
+        match self {
+            Self::Held { deadline, limit } => deadline.remaining(now).min(limit.unwrap_or(Duration::MAX)),
+            Self::Admitted | Self::Begun | Self::Running { .. } | Self::Stopped | Self::Ended(_) => {
+                Duration::ZERO
+            }
         }
     }
 

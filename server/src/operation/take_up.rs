@@ -112,14 +112,9 @@ fn is_same(slot: &Slot, device: &OperationDeviceRecord, job: JobRecord, step: &R
 
 async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: RecordedStep) -> End {
     let Some(lanes) = lanes(lease) else { return end::not_open() };
-    let remaining = match &step {
-        RecordedStep::Held { deadline } => deadline.remaining(core.environment.unix_now()),
-        RecordedStep::Admitted
-        | RecordedStep::Begun
-        | RecordedStep::Running { .. }
-        | RecordedStep::Stopped
-        | RecordedStep::Ended(_) => Duration::ZERO,
-    };
+    let now = core.environment.unix_now();
+    let remaining = step.hold_left(now);
+    entry.held_on(now, remaining);
     let caller = EntryCaller {
         core: Arc::clone(core),
         entry: Arc::clone(entry),
