@@ -6,7 +6,7 @@ use vfio_checkpoint_device::{Seal, Threads};
 
 use super::*;
 use crate::operation::record::{
-    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord,
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord, OccupantRecord,
     OperationDeviceRecord, RecordedStep,
 };
 
@@ -32,6 +32,7 @@ fn operation(last: u64, step: RecordedStep) -> OperationRecord {
             logical: LogicalDeviceId::from_bytes([7; 16]),
             epoch: Epoch(3),
             seal: Some(Seal { bytes: 9, blake3: [1; 32] }),
+            before: Some(OccupantRecord { logical: LogicalDeviceId::from_bytes([6; 16]), epoch: Epoch(1) }),
         }],
         caller: "spiffe://lab.test/saver/a".to_owned(),
         request_id: Some("00000001-0000-4000-8000-000000000000".to_owned()),

@@ -91,6 +91,19 @@ pub struct OperationDeviceRecord {
     pub epoch: Epoch,
     /// The seal on its state, once it is known.
     pub seal: Option<Seal>,
+    /// What lived in the device when the operation was admitted. None in records of before it was kept.
+    #[serde(default)]
+    pub before: Option<OccupantRecord>,
+}
+
+/// What lives in a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OccupantRecord {
+    /// Which logical device.
+    pub logical: LogicalDeviceId,
+    /// Under which epoch.
+    pub epoch: Epoch,
 }
 
 /// How far an operation is, as the journal says.

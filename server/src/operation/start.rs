@@ -15,7 +15,7 @@ use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::admission::{self, Blocker, Bounds, Prediction};
 use super::entry::{Entry, Fixed};
-use super::record::{AfterRecord, JobRecord, OperationDeviceRecord, RecordedStep};
+use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
 use super::run;
 use crate::core::Core;
 use crate::journal::{Change, RequestAnswer, RequestKey, RequestRecord};
@@ -273,7 +273,14 @@ impl Core {
             job,
             devices: devices
                 .into_iter()
-                .map(|(device, logical, epoch)| OperationDeviceRecord { device, logical, epoch, seal: None })
+                .zip(&found.views)
+                .map(|((device, logical, epoch), view)| {
+                    let before = view.record.as_ref().map(|record| OccupantRecord {
+                        logical: record.logical.clone(),
+                        epoch: record.epoch,
+                    });
+                    OperationDeviceRecord { device, logical, epoch, seal: None, before }
+                })
                 .collect(),
             caller: starter.caller,
             request_id: starter.request.map(|(id, _)| id.to_string()),
