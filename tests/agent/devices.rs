@@ -1,14 +1,17 @@
 //! `DeviceService`: what devices there are, how they are, and how they are brought back.
 
+use std::time::Duration;
+
 use tonic::Code;
+use vfio_checkpoint_client::transfer::TakeState;
 use vfio_checkpoint_device::fault::Fault;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{
-    Bench, Node, device, done, failure, refused, refused_field, request_id, save, save_of, soon, start_save,
-    take, violations,
+    Bench, Line, Node, device, done, failure, reached, refused, refused_field, request_id, save, save_of,
+    soon, start_save, take, violations,
 };
 use crate::lab::{Lab, start};
 
@@ -260,6 +263,39 @@ async fn a_device_that_does_not_come_back_is_quarantined_until_somebody_decides(
     let back = answer.device.unwrap();
     assert_eq!((back.standing(), back.state()), (v1::DeviceStanding::Ready, v1::MigrationState::Running));
     save(&saver, &["nic0"]).await;
+    agent.stop().await.unwrap();
+}
+
+/// Unlike one that is quarantined, nobody can decide anything about it before the agent is restarted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_does_not_answer_hangs_in_its_operation_too() {
+    let lab = Lab::new();
+    let bench = Bench::new(SimConfig { memory_bytes: 1 << 20, ..SimConfig::default() });
+    let line = Line::to(&bench);
+    let devices = [("nic0", line.address.as_str()), ("nic1", "sim:seed=1,memory=1MiB,p2p=yes")];
+    let mut config = lab.config("a", &devices);
+    config.limits.device_call_timeout = Duration::from_secs(2);
+    let agent = start(config).await;
+    let saver = lab.client(&agent, "saver").await;
+    let request = v1::StartSaveRequest {
+        pre_copy: v1::PreCopyMode::Never.into(),
+        cutover: v1::CutoverMode::Manual.into(),
+        ..save_of(&["nic0", "nic1"])
+    };
+    let operation = start_save(&saver, request).await;
+    let taking = TakeState::open(&saver, &operation.parse().unwrap()).await.unwrap();
+    // Here its devices are asked nothing.
+    reached(&saver, &operation, v1::OperationPhase::WaitingForCutover).await;
+    line.cut();
+    saver.cutover(v1::CutoverRequest { operation: operation.clone() }).await.unwrap();
+    let ended = done(&saver, &operation).await;
+    drop(taking);
+    assert_eq!(failure(&ended), "DEVICE_FAILED", "{ended:?}");
+    let standings: Vec<_> = ended.devices.iter().map(v1::OperationDevice::standing).collect();
+    assert_eq!(standings, [v1::DeviceStanding::Hung, v1::DeviceStanding::Ready], "{ended:?}");
+    let hung = device(&saver, "nic0").await;
+    assert_eq!(hung.standing(), v1::DeviceStanding::Hung);
+    assert!(hung.standing_detail.contains("did not return"), "{}", hung.standing_detail);
     agent.stop().await.unwrap();
 }
 

@@ -3,9 +3,11 @@
 //! Nothing here sleeps: a wait is for a change that the agent tells, and ends after [`PATIENCE`] in a failure.
 
 use std::future::Future;
-use std::io;
-use std::os::unix::net::UnixListener;
+use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use hyper_util::rt::TokioIo;
@@ -119,6 +121,53 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         self.handle.stop();
+    }
+}
+
+/// The line to a device in another process. Once it is cut no answer of the device's comes through, as when its process
+/// stands still.
+pub(crate) struct Line {
+    pub(crate) address: String,
+    is_cut: Arc<AtomicBool>,
+    _folder: tempfile::TempDir,
+}
+
+impl Line {
+    pub(crate) fn to(bench: &Bench) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("line.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let device = bench.address.trim_start_matches("vfio-user:").to_owned();
+        let is_cut = Arc::new(AtomicBool::new(false));
+        let cut = Arc::clone(&is_cut);
+        // Its threads end with their sockets, or with the test.
+        thread::spawn(move || {
+            for near in listener.incoming().map_while(Result::ok) {
+                let Ok(far) = UnixStream::connect(&device) else { return };
+                let (near_out, far_out) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+                thread::spawn(move || io::copy(&mut &near, &mut &far_out));
+                let cut = Arc::clone(&cut);
+                thread::spawn(move || carry(&far, &near_out, &cut));
+            }
+        });
+        Self { address: format!("vfio-user:{}", path.display()), is_cut, _folder: folder }
+    }
+
+    pub(crate) fn cut(&self) {
+        self.is_cut.store(true, Ordering::Release);
+    }
+}
+
+fn carry(mut from: &UnixStream, mut to: &UnixStream, is_cut: &AtomicBool) -> io::Result<()> {
+    let mut bytes = [0; 4096];
+    loop {
+        let got = from.read(&mut bytes)?;
+        if got == 0 {
+            return to.shutdown(Shutdown::Both);
+        }
+        if !is_cut.load(Ordering::Acquire) {
+            to.write_all(&bytes[..got])?;
+        }
     }
 }
 

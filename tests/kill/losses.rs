@@ -42,6 +42,7 @@ async fn a_device_that_was_reset_is_not_taken_for_one_that_was_kept() {
         (Kind::HeldSave, "after commit of HELD", Found::Held),
         (Kind::HeldSave, "after commit of RUNNING", Found::Done),
         (Kind::StoppedSave, "after commit of STOPPED", Found::Done),
+        (Kind::Restore, "after commit of ADMITTED", Found::Untouched),
         (Kind::Restore, "restore: Verifying", Found::Undone),
         (Kind::HeldRestore, "after commit of HELD", Found::Held),
         (Kind::Restore, "after commit of RUNNING", Found::Done),
@@ -66,7 +67,7 @@ async fn a_device_that_was_reset_is_not_taken_for_one_that_was_kept() {
             let client = world.client().await;
             let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
             let ended = done(&client, &name).await.unwrap();
-            state_or_device_lost(found, &ended);
+            state_lost(found, &ended);
             assert_eq!(world.contents(&client).await, [Content::Fresh]);
             world.load(&client, Content::Own).await;
             starts += 1;
@@ -75,17 +76,6 @@ async fn a_device_that_was_reset_is_not_taken_for_one_that_was_kept() {
     figure(&format!(
         "{starts} devices that were reset and then kept: none was told as preserved or restored"
     ));
-}
-
-/// A held restore finds its device where it was not left, and says so of the device; all else knows that it is new.
-fn state_or_device_lost(found: Found, ended: &v1::Operation) {
-    let reason = ended.failure.as_ref().map(|failure| failure.reason.as_str());
-    if ended.kind() == v1::OperationKind::Restore && reason == Some("DEVICE_FAILED") {
-        assert_eq!(found, Found::Held, "{ended:?}");
-        assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
-    } else {
-        state_lost(found, ended);
-    }
 }
 
 /// A hold whose time is over when the agent comes back ends then; one that was ending goes on ending.

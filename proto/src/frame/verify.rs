@@ -67,7 +67,7 @@ impl FrameVerifier {
         }
     }
 
-    /// The number of the next frame: how many were taken.
+    /// The number of the next frame: how many were taken. Means nothing once one was refused.
     pub fn next_sequence(&self) -> u64 {
         self.check.next_sequence()
     }

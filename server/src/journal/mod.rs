@@ -289,6 +289,8 @@ impl Journal {
             reached(format_args!("before {}", Announced(&changes)));
             let written = write(&database, &changes);
             reached(format_args!("after {}", Announced(&changes)));
+            // Whoever hears of the last commit may close the journal and open it again.
+            drop(database);
             // Nobody waits where the operation was dropped.
             let _ = answer.send(written);
         }));

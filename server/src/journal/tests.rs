@@ -6,7 +6,7 @@ use vfio_checkpoint_device::{Seal, Threads};
 
 use super::*;
 use crate::operation::record::{
-    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord,
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord, OccupantRecord,
     OperationDeviceRecord, RecordedStep,
 };
 
@@ -32,6 +32,7 @@ fn operation(last: u64, step: RecordedStep) -> OperationRecord {
             logical: LogicalDeviceId::from_bytes([7; 16]),
             epoch: Epoch(3),
             seal: Some(Seal { bytes: 9, blake3: [1; 32] }),
+            before: Some(OccupantRecord { logical: LogicalDeviceId::from_bytes([6; 16]), epoch: Epoch(1) }),
         }],
         caller: "spiffe://lab.test/saver/a".to_owned(),
         request_id: Some("00000001-0000-4000-8000-000000000000".to_owned()),
@@ -58,6 +59,8 @@ fn end() -> EndRecord {
         downtime: Some(Duration::from_nanos(1_234_567_891)),
         predicted_downtime: None,
         quarantined: vec![device()],
+        hung: vec![device()],
+        unavailable: Vec::new(),
         left_stopped: false,
     }
 }
@@ -84,21 +87,10 @@ fn open(folder: &Path) -> Result<Journal, JournalError> {
     Journal::open(folder, &Threads::new())
 }
 
-/// As a later life of the agent finds it. The journal's own thread may hold the file a moment longer.
+/// As a later life of the agent finds it. What was committed holds the file no longer.
 fn reopened(journal: Journal, folder: &Path) -> Journal {
-    let Shared { database, lane, .. } = Arc::into_inner(journal.shared).unwrap();
-    drop(lane);
-    let mut database = database;
-    loop {
-        match Arc::try_unwrap(database) {
-            Ok(last) => {
-                drop(last);
-                return open(folder).unwrap();
-            }
-            Err(shared) => database = shared,
-        }
-        std::thread::yield_now();
-    }
+    drop(journal);
+    open(folder).unwrap()
 }
 
 #[tokio::test]
@@ -106,7 +98,7 @@ async fn every_step_and_record_is_read_back_as_it_was_written() {
     let folder = tempfile::tempdir().unwrap();
     let steps = [
         RecordedStep::Admitted,
-        RecordedStep::Held { deadline: UnixMillis(77) },
+        RecordedStep::Held { deadline: UnixMillis(77), limit: Some(Duration::from_secs(5)) },
         RecordedStep::Running { inconsistent: false },
         RecordedStep::Running { inconsistent: true },
         RecordedStep::Stopped,

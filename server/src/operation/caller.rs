@@ -212,11 +212,11 @@ impl EntryCaller {
     async fn hold(&self) -> Result<(), BoxError> {
         let view = self.entry.view();
         if view.phase == Phase::Held && view.deadline.is_some() {
-            // Taken up: the deadline is the one on record.
+            // Taken up: the deadline is told already.
             return Ok(());
         }
         let deadline = self.core.environment.unix_now().after(self.hold_limit);
-        self.record(RecordedStep::Held { deadline }).await?;
+        self.record(RecordedStep::Held { deadline, limit: Some(self.hold_limit) }).await?;
         self.entry.change(|view| view.deadline = Some(deadline));
         Ok(())
     }

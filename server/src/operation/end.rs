@@ -11,12 +11,13 @@ use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;
 use super::record::{
-    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord, RecordedStep,
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord,
+    OperationDeviceRecord, RecordedStep,
 };
 use crate::core::Core;
 use crate::journal::{Change, DeviceRecord};
-use crate::registry::Lease;
 use crate::registry::opening::new_logical;
+use crate::registry::{Lease, Standing};
 
 /// How an operation ended, before it is on record.
 #[derive(Debug)]
@@ -61,6 +62,8 @@ impl End {
     /// The record, and all that goes to the journal with it.
     pub(super) fn settle(self, core: &Core, entry: &Entry, lease: &Lease) -> (EndRecord, Vec<Change>) {
         let view = entry.view();
+        let OutOfService { quarantined, hung, unavailable } =
+            OutOfService::among(&entry.fixed.devices, lease, &self.quarantined);
         let record = EndRecord {
             at: core.environment.unix_now(),
             result: self.result,
@@ -71,7 +74,9 @@ impl End {
             pre_copy_bytes: self.pre_copy_bytes,
             downtime: self.downtime,
             predicted_downtime: self.predicted_downtime.or(view.predicted_downtime),
-            quarantined: self.quarantined.clone(),
+            quarantined,
+            hung,
+            unavailable,
             left_stopped: self.left_stopped,
         };
         let mut changes =
@@ -93,6 +98,7 @@ impl End {
                 logical,
                 epoch,
                 rate_bytes_per_second: self.rate_bytes_per_second.or(before.rate_bytes_per_second),
+                // Also of one that hangs: after a restart of the agent it answers, and is where nobody knows.
                 quarantined: before.quarantined || self.quarantined.contains(slot.name()),
                 left_stopped: self.left_stopped,
             };
@@ -101,6 +107,37 @@ impl End {
             }
         }
         (record, changes)
+    }
+}
+
+/// Devices of an operation that take no work at its end, each in the list that says why.
+#[derive(Debug, Default)]
+struct OutOfService {
+    quarantined: Vec<DeviceName>,
+    hung: Vec<DeviceName>,
+    unavailable: Vec<DeviceName>,
+}
+
+impl OutOfService {
+    /// `quarantined` are those that the device layer could not bring back, also because they do not answer: which of
+    /// them hang their slots know, which were read back meanwhile.
+    fn among(devices: &[OperationDeviceRecord], lease: &Lease, quarantined: &[DeviceName]) -> Self {
+        let mut out = Self::default();
+        for OperationDeviceRecord { device, .. } in devices {
+            let slot = lease.slots().iter().find(|slot| slot.name() == device);
+            match slot.map(|slot| slot.view().standing) {
+                Some(Standing::Hung(_)) => out.hung.push(device.clone()),
+                // One without a slot is not configured any more.
+                Some(Standing::Unavailable(_) | Standing::NotMigratable(_)) | None => {
+                    out.unavailable.push(device.clone());
+                }
+                Some(Standing::Ready | Standing::Quarantined) if quarantined.contains(device) => {
+                    out.quarantined.push(device.clone());
+                }
+                Some(Standing::Ready | Standing::Quarantined) => {}
+            }
+        }
+        out
     }
 }
 

@@ -199,7 +199,7 @@ impl Entry {
         let fixed = Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id };
         let (phase, deadline) = match &step {
             RecordedStep::Admitted | RecordedStep::Begun => (Phase::Unwinding, None),
-            RecordedStep::Held { deadline } => (Phase::Held, Some(*deadline)),
+            RecordedStep::Held { deadline, .. } => (Phase::Held, Some(*deadline)),
             RecordedStep::Running { .. } | RecordedStep::Stopped => (Phase::Resuming, None),
             RecordedStep::Ended(_) => (Phase::Done, None),
         };
@@ -341,6 +341,11 @@ impl Entry {
                 live.total = total;
             }
         });
+    }
+
+    /// It is held still, for this long from `now` on: a hold that was taken up.
+    pub(super) fn held_on(&self, now: UnixMillis, left: Duration) {
+        self.change(|view| view.deadline = view.deadline.map(|deadline| deadline.min(now.after(left))));
     }
 
     /// It is over, and that is on record.

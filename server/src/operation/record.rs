@@ -91,6 +91,19 @@ pub struct OperationDeviceRecord {
     pub epoch: Epoch,
     /// The seal on its state, once it is known.
     pub seal: Option<Seal>,
+    /// What lived in the device when the operation was admitted. None in records of before it was kept.
+    #[serde(default)]
+    pub before: Option<OccupantRecord>,
+}
+
+/// What lives in a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OccupantRecord {
+    /// Which logical device.
+    pub logical: LogicalDeviceId,
+    /// Under which epoch.
+    pub epoch: Epoch,
 }
 
 /// How far an operation is, as the journal says.
@@ -106,6 +119,9 @@ pub enum RecordedStep {
     Held {
         /// When the hold ends by itself.
         deadline: UnixMillis,
+        /// How long it was to last. None in records of before it was kept.
+        #[serde(default)]
+        limit: Option<Duration>,
     },
     /// A sealed save lets its devices run again, or a verified restore is about to.
     Running {
@@ -128,6 +144,19 @@ impl RecordedStep {
             Self::Running { .. } => "RUNNING",
             Self::Stopped => "STOPPED",
             Self::Ended(_) => "ENDED",
+        }
+    }
+
+    /// How much of a hold is left at `now`; zero where there is none.
+    ///
+    /// The deadline is by the wall clock, which somebody may have set back since: no hold has more left than it was to
+    /// last.
+    pub fn hold_left(&self, now: UnixMillis) -> Duration {
+        match self {
+            Self::Held { deadline, limit } => deadline.remaining(now).min(limit.unwrap_or(Duration::MAX)),
+            Self::Admitted | Self::Begun | Self::Running { .. } | Self::Stopped | Self::Ended(_) => {
+                Duration::ZERO
+            }
         }
     }
 
@@ -161,6 +190,12 @@ pub struct EndRecord {
     pub predicted_downtime: Option<Duration>,
     /// Devices that wait for somebody to decide.
     pub quarantined: Vec<DeviceName>,
+    /// Devices on which a call did not return. Nobody can decide anything about them before the agent is restarted.
+    #[serde(default)]
+    pub hung: Vec<DeviceName>,
+    /// Devices that were not open.
+    #[serde(default)]
+    pub unavailable: Vec<DeviceName>,
     /// Devices that stay stopped, as was asked for.
     pub left_stopped: bool,
 }

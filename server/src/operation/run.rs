@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use vfio_checkpoint_client::transfer::{Giver, Taker};
-use vfio_checkpoint_device::operation::{self, RestoreTerms, SaveTerms};
+use vfio_checkpoint_client::transfer::{Giver, Link, Taker, Terms};
+use vfio_checkpoint_device::operation::{
+    self, OperationError, RestoreReport, RestoreTerms, SaveReport, SaveTerms,
+};
 use vfio_checkpoint_device::{DataSize, DeviceLane, chain};
 use vfio_checkpoint_fsm::AfterSave;
 use vfio_checkpoint_proto::domain::{self, DeviceManifest, Invalid, Manifest, SourceDisposition};
@@ -73,93 +75,92 @@ fn size_to_wire(size: DataSize) -> domain::DataSize {
     }
 }
 
-/// A save, start to end.
-pub(super) async fn save(
+/// What an operation is to do, and on which terms.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Work {
+    Save(SaveTerms),
+    Restore(RestoreTerms),
+}
+
+/// An operation, start to end.
+pub(super) async fn run(
     core: Arc<Core>,
     entry: Arc<Entry>,
     lease: Lease,
-    terms: SaveTerms,
+    work: Work,
     manifest: Manifest,
     arrival: Arrival,
 ) {
     let ended = match attached(&core, &entry, arrival).await {
-        Ok(attached) => save_attached(&core, &entry, &lease, terms, manifest, attached).await,
+        Ok(attached) => on_stream(&core, &entry, &lease, work, manifest, attached).await,
         Err(why) => end::never_begun(&why),
     };
     finish(&core, &entry, lease, ended).await;
 }
 
-async fn save_attached(
+async fn on_stream(
     core: &Arc<Core>,
     entry: &Arc<Entry>,
     lease: &Lease,
-    terms: SaveTerms,
+    work: Work,
     manifest: Manifest,
     attached: Attached,
 ) -> End {
     let Some(lanes) = lanes(lease) else { return end::not_open() };
     let stream = StreamId(core.environment.executor.random());
     let (link, wire) = attached.open(&core.config, stream, manifest).await;
-    let idle_timeout = wire.limits.idle_timeout;
-    let giver = Giver::new(link, wire);
-    let giver = if entry.is_manual() { giver.with_cutover() } else { giver };
-    let mut sink = WireSink::new(giver, Arc::clone(entry), &core.environment, idle_timeout);
+    let (hold_limit, cutover_limit) = match work {
+        Work::Save(terms) => (terms.hold_limit, terms.cutover_limit),
+        Work::Restore(terms) => (terms.hold_limit, Duration::ZERO),
+    };
     let caller = EntryCaller {
         core: Arc::clone(core),
         entry: Arc::clone(entry),
-        hold_limit: terms.hold_limit,
-        cutover_limit: terms.cutover_limit,
-        stream: Some(sink.watch()),
-        on_record: RecordedStep::Admitted.into(),
-    };
-    let saved = operation::save(&lanes, terms, &caller, &mut sink).await;
-    if let Err(error) = &saved {
-        sink.give_up(chain(error)).await;
-    }
-    end::of_save(entry, lease, saved)
-}
-
-/// A restore, start to end.
-pub(super) async fn restore(
-    core: Arc<Core>,
-    entry: Arc<Entry>,
-    lease: Lease,
-    terms: RestoreTerms,
-    manifest: Manifest,
-    arrival: Arrival,
-) {
-    let ended = match attached(&core, &entry, arrival).await {
-        Ok(attached) => restore_attached(&core, &entry, &lease, terms, manifest, attached).await,
-        Err(why) => end::never_begun(&why),
-    };
-    finish(&core, &entry, lease, ended).await;
-}
-
-async fn restore_attached(
-    core: &Arc<Core>,
-    entry: &Arc<Entry>,
-    lease: &Lease,
-    terms: RestoreTerms,
-    manifest: Manifest,
-    attached: Attached,
-) -> End {
-    let Some(lanes) = lanes(lease) else { return end::not_open() };
-    let stream = StreamId(core.environment.executor.random());
-    let (link, wire) = attached.open(&core.config, stream, manifest).await;
-    let caller = EntryCaller {
-        core: Arc::clone(core),
-        entry: Arc::clone(entry),
-        hold_limit: terms.hold_limit,
-        cutover_limit: Duration::ZERO,
+        hold_limit,
+        cutover_limit,
         stream: None,
         on_record: RecordedStep::Admitted.into(),
     };
-    let mut source = WireSource::new(Taker::new(link, wire), Arc::clone(entry));
-    let restored = operation::restore(&lanes, terms, &caller, &mut source).await;
+    match work {
+        Work::Save(terms) => end::of_save(entry, lease, save(&lanes, terms, caller, link, wire).await),
+        Work::Restore(terms) => {
+            end::of_restore(entry, lease, restore(&lanes, terms, caller, link, wire).await)
+        }
+    }
+}
+
+async fn save(
+    lanes: &[DeviceLane],
+    terms: SaveTerms,
+    mut caller: EntryCaller,
+    link: Link,
+    wire: Terms,
+) -> Result<SaveReport, OperationError> {
+    let idle_timeout = wire.limits.idle_timeout;
+    let giver = Giver::new(link, wire);
+    let giver = if caller.entry.is_manual() { giver.with_cutover() } else { giver };
+    let mut sink = WireSink::new(giver, Arc::clone(&caller.entry), &caller.core.environment, idle_timeout);
+    caller.stream = Some(sink.watch());
+    let saved = operation::save(lanes, terms, &caller, &mut sink).await;
+    if let Err(error) = &saved {
+        sink.give_up(chain(error)).await;
+    }
+    saved
+}
+
+async fn restore(
+    lanes: &[DeviceLane],
+    terms: RestoreTerms,
+    caller: EntryCaller,
+    link: Link,
+    wire: Terms,
+) -> Result<RestoreReport, OperationError> {
+    let mut source = WireSource::new(Taker::new(link, wire), Arc::clone(&caller.entry));
+    let restored = operation::restore(lanes, terms, &caller, &mut source).await;
     if let Err(error) = &restored {
         source.give_up(&chain(error)).await;
     }
-    end::of_restore(entry, lease, restored)
+    restored
 }
 
 /// Waits for the operation's stream, for as long as it may take. Nothing has been touched meanwhile.

@@ -15,7 +15,7 @@ use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::admission::{self, Blocker, Bounds, Prediction};
 use super::entry::{Entry, Fixed};
-use super::record::{AfterRecord, JobRecord, OperationDeviceRecord, RecordedStep};
+use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
 use super::run;
 use crate::core::Core;
 use crate::journal::{Change, RequestAnswer, RequestKey, RequestRecord};
@@ -108,8 +108,9 @@ impl Core {
             entry.expects(index, view.data_size);
         }
         let span = run::span(self, &entry);
-        let work = run::save(Arc::clone(self), Arc::clone(&entry), lease, terms, manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        let work = run::Work::Save(terms);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, arrival);
+        tokio::spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
     }
 
@@ -163,8 +164,9 @@ impl Core {
             entry.expects(index, admission::size(device.data_size));
         }
         let span = run::span(self, &entry);
-        let work = run::restore(Arc::clone(self), Arc::clone(&entry), lease, terms, spec.manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        let work = run::Work::Restore(terms);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, spec.manifest, arrival);
+        tokio::spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
 
@@ -271,7 +273,14 @@ impl Core {
             job,
             devices: devices
                 .into_iter()
-                .map(|(device, logical, epoch)| OperationDeviceRecord { device, logical, epoch, seal: None })
+                .zip(&found.views)
+                .map(|((device, logical, epoch), view)| {
+                    let before = view.record.as_ref().map(|record| OccupantRecord {
+                        logical: record.logical.clone(),
+                        epoch: record.epoch,
+                    });
+                    OperationDeviceRecord { device, logical, epoch, seal: None, before }
+                })
                 .collect(),
             caller: starter.caller,
             request_id: starter.request.map(|(id, _)| id.to_string()),

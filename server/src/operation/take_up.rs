@@ -25,7 +25,7 @@ use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, RestorePlan, Role, Save
 use super::caller::EntryCaller;
 use super::end::{self, End};
 use super::entry::Entry;
-use super::record::{AfterRecord, JobRecord, OperationDeviceRecord, RecordedStep};
+use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
 use super::run::{finish, lanes, span};
 use crate::core::Core;
 use crate::failpoint::reached;
@@ -91,35 +91,30 @@ impl Core {
 }
 
 /// Whether what lives in a device is what the operation at `step` had there. A device that is opened gets a new logical
-/// device. A restore that does not run yet replaces what was there, whatever it was, and its device stands in RESUMING where
-/// it was not reset.
+/// device.
 fn is_same(slot: &Slot, device: &OperationDeviceRecord, job: JobRecord, step: &RecordedStep) -> bool {
+    let Some(record) = slot.view().record else { return false };
+    let lives = OccupantRecord { logical: record.logical, epoch: record.epoch };
     match (job, step) {
-        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Running { .. }) => slot
-            .view()
-            .record
-            .is_some_and(|record| record.logical == device.logical && record.epoch == device.epoch),
-        (
-            JobRecord::Restore { .. },
-            RecordedStep::Admitted
-            | RecordedStep::Begun
-            | RecordedStep::Held { .. }
-            | RecordedStep::Stopped
-            | RecordedStep::Ended(_),
-        ) => true,
+        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Running { .. }) => {
+            lives == OccupantRecord { logical: device.logical.clone(), epoch: device.epoch }
+        }
+        // Nothing of the restored state runs, so on record is still what lived there before.
+        (JobRecord::Restore { .. }, RecordedStep::Admitted | RecordedStep::Held { .. }) => {
+            device.before.as_ref().is_none_or(|before| *before == lives)
+        }
+        // It is reset, whatever it has.
+        (JobRecord::Restore { .. }, RecordedStep::Begun | RecordedStep::Stopped | RecordedStep::Ended(_)) => {
+            true
+        }
     }
 }
 
 async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: RecordedStep) -> End {
     let Some(lanes) = lanes(lease) else { return end::not_open() };
-    let remaining = match &step {
-        RecordedStep::Held { deadline } => deadline.remaining(core.environment.unix_now()),
-        RecordedStep::Admitted
-        | RecordedStep::Begun
-        | RecordedStep::Running { .. }
-        | RecordedStep::Stopped
-        | RecordedStep::Ended(_) => Duration::ZERO,
-    };
+    let now = core.environment.unix_now();
+    let remaining = step.hold_left(now);
+    entry.held_on(now, remaining);
     let caller = EntryCaller {
         core: Arc::clone(core),
         entry: Arc::clone(entry),

@@ -14,6 +14,7 @@
  *   enomsg            a read in pre-copy that finds nothing answers ENOMSG, not 0. Read with each read.
  *   dirty_bytes       0: the stream is mtty's. N: after a register write in pre-copy N bytes are dirty, and are handed
  *                     out as a record of N bytes. Read when a session begins. At most 65536.
+ *   no_dma_log        the device keeps no DMA log: asked for one, VFIO answers ENOTTY. Read on open.
  *   no_data_size      asked how much state there is, the device answers ENODATA. Read with each question.
  *   dma_dirty         the DMA log works: a register write in RUNNING or PRE_COPY is a write of the device to the page
  *                     whose index is the value written, modulo the number of pages tracked (all ranges, in
@@ -151,6 +152,9 @@ module_param(no_data_size, bool, 0644);
 static bool dma_dirty;
 module_param(dma_dirty, bool, 0644);
 
+static bool no_dma_log;
+module_param(no_dma_log, bool, 0644);
+
 static int fail_hops[16];
 static unsigned int fail_hops_count;
 module_param_array(fail_hops, int, &fail_hops_count, 0644);
@@ -186,6 +190,8 @@ static int variant_open(struct vfio_device *vdev)
 	struct mdev_state *mdev_state = container_of(vdev, struct mdev_state, vdev);
 	unsigned int flags = READ_ONCE(migration_flags);
 
+	/* What VFIO itself looks at. Nobody else has the device open. */
+	vdev->log_ops = READ_ONCE(no_dma_log) ? NULL : &mtty_log_ops;
 	/* Its state may be one that it no longer has. */
 	if (vdev->migration_flags != flags) {
 		vdev->migration_flags = flags;

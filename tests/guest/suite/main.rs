@@ -1,7 +1,7 @@
 //! The suite that runs inside the guest, on real VFIO devices of a real kernel.
 //!
 //! One static binary that `tests/guest/init` starts as root with the facts of the guest in its environment. It prints
-//! lines as cargo's test harness does, so that the host counts both alike: `test NAME ... ok`, `figures: …`, and a
+//! lines as cargo's test harness does, so that the host counts both alike: `test NAME ... ok (MS ms)`, `figures: …`, and a
 //! last `test result:`. A test that panics has failed; the others go on.
 //!
 //! | module | what it proves on the kernel |
@@ -42,6 +42,7 @@ mod variant;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::time::Instant;
 
 use crate::facts::Facts;
 
@@ -72,9 +73,10 @@ fn main() -> ExitCode {
     ];
     let (mut passed, mut failed) = (0_u32, 0_u32);
     for (name, run) in tests.into_iter().flatten() {
+        let begun = Instant::now();
         if catch_unwind(AssertUnwindSafe(|| run(&facts))).is_ok() {
             passed += 1;
-            println!("test {name} ... ok");
+            println!("test {name} ... ok ({} ms)", begun.elapsed().as_millis());
         } else {
             failed += 1;
             println!("test {name} ... FAILED");

@@ -7,7 +7,7 @@ use vfio_checkpoint_device::conformance::{self, LastClose, Options, Subject, Ver
 use vfio_checkpoint_device::vfio_user::{ConnectOptions, VfioUserDevice};
 use vfio_checkpoint_device::{Executor, MigrationDevice, Threads};
 
-use crate::served::Process;
+use crate::served::{NoProcessStarts, Process};
 
 #[test]
 fn a_device_in_another_process_conforms() {
@@ -18,6 +18,8 @@ fn a_device_in_another_process_conforms() {
     for device in devices {
         let process = Process::start(&["--device", device]);
         let path = process.path.clone();
+        // The device is closed and opened again all the time.
+        let _guard = NoProcessStarts::meanwhile();
         let open = move || {
             let device = VfioUserDevice::connect(&path, ConnectOptions::default())?;
             Ok(Box::new(device) as Box<dyn MigrationDevice>)

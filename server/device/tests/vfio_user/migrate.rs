@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use vfio_checkpoint_device::{
 };
 use vfio_checkpoint_fsm::{AfterSave, Capabilities, Outcome, State};
 
-use crate::served::{Process, Served, slot, small};
+use crate::served::{Process, Served, slot, small, spawn};
 
 fn connect(path: &Path) -> VfioUserDevice {
     VfioUserDevice::connect(path, ConnectOptions::default()).unwrap()
@@ -266,7 +266,9 @@ fn the_clients_view_of_a_device_is_the_devices() {
 }
 
 fn vfio_device(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_vfio-device")).args(arguments).output().unwrap()
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-device"));
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    spawn(&mut command).wait_with_output().unwrap()
 }
 
 #[test]

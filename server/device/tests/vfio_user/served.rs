@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use vfio_checkpoint_device::MigrationDevice;
@@ -34,10 +34,12 @@ pub(crate) struct Served {
     pub(crate) handle: ServerHandle,
     thread: Option<JoinHandle<Result<Box<dyn MigrationDevice>, ServeError>>>,
     _folder: tempfile::TempDir,
+    _closes_count: NoProcessStarts,
 }
 
 impl Served {
     pub(crate) fn new(config: SimConfig, options: ServerOptions) -> Self {
+        let closes_count = NoProcessStarts::meanwhile();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("device.sock");
         let (slot, time) = slot(config);
@@ -45,7 +47,7 @@ impl Served {
         let server = Server::new(Box::new(slot.open().unwrap()), listener, options).unwrap();
         let handle = server.handle();
         let thread = Some(thread::spawn(move || server.run()));
-        Self { slot, time, path, handle, thread, _folder: folder }
+        Self { slot, time, path, handle, thread, _folder: folder, _closes_count: closes_count }
     }
 
     /// With a small device and the usual options.
@@ -99,7 +101,7 @@ impl Process {
     pub(crate) fn start(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("device.sock");
-        let mut child = command(&path).args(arguments).spawn().unwrap();
+        let mut child = spawn(command(&path).args(arguments));
         let mut said = String::new();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         stderr.read_line(&mut said).unwrap();
@@ -126,6 +128,40 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// How many tests rely on a close being a hang-up.
+static RELYING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+fn relying() -> MutexGuard<'static, usize> {
+    RELYING.0.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Starts a process, once no test relies on a close. A test that does so itself must not start one.
+pub(crate) fn spawn(command: &mut Command) -> Child {
+    let _none =
+        RELYING.1.wait_while(relying(), |relying| *relying > 0).unwrap_or_else(PoisonError::into_inner);
+    command.spawn().unwrap()
+}
+
+/// As long as this lives no test starts a process.
+///
+/// Between fork and exec a new process has a duplicate of every socket in this program. What is closed meanwhile, by
+/// whichever test, is no hang-up, and the server refuses who connects again because the client before is still there.
+pub(crate) struct NoProcessStarts;
+
+impl NoProcessStarts {
+    pub(crate) fn meanwhile() -> Self {
+        *relying() += 1;
+        Self
+    }
+}
+
+impl Drop for NoProcessStarts {
+    fn drop(&mut self) {
+        *relying() -= 1;
+        RELYING.1.notify_all();
     }
 }
 

@@ -29,6 +29,30 @@ fn a_resume_after_the_hold_ran_out_is_no_success() {
     entry.resume().expect("said again while it has its effect");
 }
 
+/// The wall clock is all that says across a restart how much of a hold is over, and it may be set back meanwhile.
+#[test]
+fn a_hold_that_is_taken_up_lasts_no_longer_than_it_was_to() {
+    let minute = Duration::from_mins(1);
+    let held_at = UnixMillis(1_000_000_000);
+    let deadline = held_at.after(minute);
+    let step = RecordedStep::Held { deadline, limit: Some(minute) };
+    for (now, left, told) in [
+        (held_at.after(Duration::from_secs(20)), Duration::from_secs(40), deadline),
+        (deadline.after(minute), Duration::ZERO, deadline),
+        // Set back by more than eleven days.
+        (UnixMillis(0), minute, UnixMillis(60_000)),
+    ] {
+        let held = Entry::recorded(save(false, AfterRecord::Hold).record(step.clone()));
+        assert_eq!(step.hold_left(now), left, "{now:?}");
+        held.held_on(now, left);
+        let view = held.view();
+        assert_eq!((view.phase, view.deadline), (Phase::Held, Some(told)), "{now:?}");
+    }
+    let of_before = RecordedStep::Held { deadline, limit: None };
+    assert_eq!(of_before.hold_left(UnixMillis(0)), Duration::from_millis(deadline.0));
+    assert_eq!(RecordedStep::Stopped.hold_left(UnixMillis(0)), Duration::ZERO);
+}
+
 #[test]
 fn what_is_being_undone_takes_no_cutover() {
     let entry = save(true, AfterRecord::Resume);

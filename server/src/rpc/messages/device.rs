@@ -75,6 +75,8 @@ fn standing(standing: &Standing) -> v1::DeviceStanding {
     }
 }
 
+/// Never the IOMMU: what it can track nobody turns on and reads, so saying it would admit a save that forbids `ALL_DIRTY`
+/// and gets no dirty pages.
 fn dirty_source(view: &DeviceView) -> v1::DirtySource {
     match view.capabilities {
         None => v1::DirtySource::Unspecified,

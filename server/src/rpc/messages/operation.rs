@@ -61,11 +61,12 @@ pub(in crate::rpc) fn operation_at(entry: &Entry, view: &View) -> v1::Operation 
 }
 
 fn device(fixed: &OperationDeviceRecord, live: &Live, end: Option<&EndRecord>) -> v1::OperationDevice {
-    let quarantined = end.is_some_and(|end| end.quarantined.contains(&fixed.device));
-    let standing = match (end, quarantined) {
-        (None, _) => v1::DeviceStanding::Unspecified,
-        (Some(_), true) => v1::DeviceStanding::Quarantined,
-        (Some(_), false) => v1::DeviceStanding::Ready,
+    let standing = match end {
+        None => v1::DeviceStanding::Unspecified,
+        Some(end) if end.hung.contains(&fixed.device) => v1::DeviceStanding::Hung,
+        Some(end) if end.unavailable.contains(&fixed.device) => v1::DeviceStanding::Unavailable,
+        Some(end) if end.quarantined.contains(&fixed.device) => v1::DeviceStanding::Quarantined,
+        Some(_) => v1::DeviceStanding::Ready,
     };
     v1::OperationDevice {
         device: fixed.device.to_string(),

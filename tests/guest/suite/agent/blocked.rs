@@ -93,8 +93,8 @@ pub(super) fn not_open(facts: &Facts) {
 
 pub(super) fn each(facts: &Facts) {
     let parameters = Parameters::new();
-    // No barrier without P2P, and no pre-copy either.
-    parameters.flags(Capabilities { p2p: false, pre_copy: false });
+    // No barrier without P2P, no pre-copy either, and nothing that tracks dirty pages.
+    parameters.flags(Capabilities { p2p: false, pre_copy: false }).set("no_dma_log", "1");
     let uuids = [&facts.mtty1[0], &facts.mtty2[0], &facts.mttyv1[0], &facts.mttyv1[1]].map(String::as_str);
     let before = [program(uuids[0], 1, 81), program(uuids[1], 2, 82)];
     let lab = Lab::new();
@@ -109,6 +109,7 @@ pub(super) fn each(facts: &Facts) {
     let mut log = KernelLog::new();
     lab.with_client(&agent, async |client| {
         one_by_one(&client, &parameters).await;
+        all_dirty(&client).await;
         all_at_once(&client).await;
         assert_eq!(log.hops_of_all(&uuids), [], "no device was touched");
         leased(&client).await;
@@ -130,7 +131,7 @@ pub(super) fn each(facts: &Facts) {
     });
     agent.stop();
     assert_eq!([registers(uuids[0], 1), registers(uuids[1], 2)], before);
-    println!("figures: agent: 12 kinds of blockers provoked on real devices, none of which was touched");
+    println!("figures: agent: 13 kinds of blockers provoked on real devices, none of which was touched");
 }
 
 async fn one_by_one(client: &Client, parameters: &Parameters) {
@@ -167,6 +168,24 @@ async fn one_by_one(client: &Client, parameters: &Parameters) {
     let total = answer.prediction.and_then(|prediction| prediction.total).expect("a total");
     assert_eq!(total.kind(), v1::DataSizeKind::Unknown);
     parameters.set("no_data_size", "0");
+}
+
+/// That every page counts as dirty is said of the device, and in the way only of a caller that forbids it.
+async fn all_dirty(client: &Client) {
+    for (device, source) in [("one-port", v1::DirtySource::DeviceLog), ("lone-a", v1::DirtySource::AllDirty)]
+    {
+        let name = format!("devices/{device}");
+        let answer = client.get_device(v1::GetDeviceRequest { name }).await.expect("an answer");
+        assert_eq!(answer.device.expect("a device").dirty_source(), source, "{device}");
+    }
+    let forbidding =
+        |device: &str| v1::StartSaveRequest { forbid_all_dirty: true, ..save_request(&[device]) };
+    let expected = [(BlockerReason::NoDirtyTracking, Some("lone-a"))];
+    refused(client.start_save(forbidding("lone-a")).await, Code::FailedPrecondition, &expected);
+    for request in [forbidding("one-port"), save_request(&["lone-a"])] {
+        let answer = client.start_save(v1::StartSaveRequest { validate_only: true, ..request }).await;
+        assert_eq!(answer.expect("an answer").blockers, []);
+    }
 }
 
 /// `validate_only` tells everything, not the first thing.

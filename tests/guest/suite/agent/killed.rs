@@ -91,7 +91,7 @@ fn end(parameters: &Parameters, agent: Agent, holder: Option<Program>, uuids: &[
     uuids.iter().map(|uuid| registers(uuid, 1)).collect()
 }
 
-fn failed_by_the_restart(operation: &v1::Operation, outcome: v1::StateOutcome) {
+pub(super) fn failed_by_the_restart(operation: &v1::Operation, outcome: v1::StateOutcome) {
     assert_eq!(operation.result(), v1::OperationResult::Failed, "{operation:?}");
     assert_eq!(operation.outcome(), outcome, "{operation:?}");
     let failure = operation.failure.as_ref().expect("a failure");
@@ -200,6 +200,25 @@ async fn begin_restore(client: &Client, request: v1::RestoreRequest) -> (String,
     (operation, giving.expect("a stream"))
 }
 
+/// Restores into a device as far as `LOADING`: a part of the state is in it, and its giver silent. Then the agent is
+/// killed.
+pub(super) async fn killed_while_loading(
+    client: &Client,
+    taken: &Taken,
+    device: &str,
+    agent: &Agent,
+) -> String {
+    let request = restore_request(device, taken, v1::AfterRestore::Run);
+    let (operation, GiveState { mut giver, .. }) = begin_restore(client, request).await;
+    for part in [&taken.state[..20], &taken.state[20..40]] {
+        giver.chunk(0, Bytes::copy_from_slice(part)).await.expect("a part of the state");
+    }
+    // The second part has come when the first is known to be in the device.
+    until(client, &operation, |now| now.moved_bytes >= 20).await;
+    agent.kill();
+    operation
+}
+
 /// Half of a state is no state: the device is reset, with a holder by the agent and without one by the kernel.
 pub(super) fn in_a_restore(facts: &Facts, path: KernelPath) {
     let (source, destination) = (facts.mttyv1[0].as_str(), facts.mttyv1[1].as_str());
@@ -216,15 +235,7 @@ pub(super) fn in_a_restore(facts: &Facts, path: KernelPath) {
         let mut log = KernelLog::new();
         let operation = lab.with_client(&agent, async |client| {
             let taken = save(&client, "source").await;
-            let request = restore_request("nic", &taken, v1::AfterRestore::Run);
-            let (operation, GiveState { mut giver, .. }) = begin_restore(&client, request).await;
-            for part in [&taken.state[..20], &taken.state[20..40]] {
-                giver.chunk(0, Bytes::copy_from_slice(part)).await.expect("a part of the state");
-            }
-            // The second part has come when the first is known to be in the device.
-            until(&client, &operation, |now| now.moved_bytes >= 20).await;
-            agent.kill();
-            operation
+            killed_while_loading(&client, &taken, "nic", &agent).await
         });
         assert_eq!(
             log.hops(destination).last(),

@@ -43,4 +43,5 @@ pub(crate) const TESTS: &[Test] = &[
     ("agent::killed::a_held_restore_iommufd", |facts| killed::held_restore(facts, Iommufd)),
     ("agent::process::save_and_restore", process::save_and_restore),
     ("agent::process::killed_in_a_save", process::killed_in_a_save),
+    ("agent::process::killed_in_a_restore", process::killed_in_a_restore),
 ];

@@ -2,12 +2,14 @@
 
 use std::process::Command;
 
+use vfio_checkpoint_fsm::State::{Resuming, Stop};
 use vfio_checkpoint_proto::v1;
 
-use super::killed::{killed_while_sealing, save};
+use super::killed::{failed_by_the_restart, killed_while_loading, killed_while_sealing, save};
 use super::lab::{Lab, Program, text};
 use super::transfer::{program, registers};
 use crate::facts::Facts;
+use crate::kmsg::KernelLog;
 use crate::variant::Parameters;
 
 /// Serves a kernel device on a socket of the lab: the process, and the address for an agent.
@@ -77,4 +79,49 @@ pub(super) fn killed_in_a_save(facts: &Facts) {
         process.stop();
     }
     println!("figures: agent: vfio-user: killed in a save: its state kept by the holder, lost without");
+}
+
+/// Half of a state is no state: the device is reset, with a holder by the agent that gets the connection, and without one
+/// by the process that has lost its client.
+pub(super) fn killed_in_a_restore(facts: &Facts) {
+    let (source, destination) = (facts.mttyv1[0].as_str(), facts.mttyv1[1].as_str());
+    for with_holder in [true, false] {
+        let _parameters = Parameters::new();
+        assert_ne!(program(source, 1, 74), program(destination, 1, 75));
+        let mut lab = Lab::new();
+        let (source_process, source_address) = serve(&lab, "source.sock", source);
+        let (process, address) = serve(&lab, "nic.sock", destination);
+        let holder = with_holder.then(|| lab.holder());
+        let slots = [("source", source_address.as_str(), None), ("nic", address.as_str(), None)];
+        let agent = lab.agent(&slots, "");
+        let mut log = KernelLog::new();
+        let (operation, given, before) = lab.with_client(&agent, async |client| {
+            let (given, before) = (save(&client, "source").await, save(&client, "nic").await);
+            (killed_while_loading(&client, &given, "nic", &agent).await, given, before)
+        });
+        assert!(log.hops(destination).contains(&(Stop, Resuming)), "it was loading when the agent died");
+
+        let agent = lab.agent(&slots, "");
+        failed_by_the_restart(&lab.done(&agent, &operation), v1::StateOutcome::StateLost);
+        let device = lab.device(&agent, "nic");
+        assert_eq!(device.state(), v1::MigrationState::Running, "{device:?}");
+        assert_eq!(device.standing(), v1::DeviceStanding::Ready, "{device:?}");
+        let (after, reset) = lab.with_client(&agent, async |client| {
+            let after = save(&client, "nic").await;
+            let discard = v1::ResetDeviceRequest {
+                name: "devices/nic".to_owned(),
+                mode: v1::ResetMode::DiscardState.into(),
+                ..v1::ResetDeviceRequest::default()
+            };
+            assert!(client.reset_device(discard).await.expect("a reset").state_lost);
+            (after, save(&client, "nic").await)
+        });
+        assert_eq!(after.state, reset.state, "as after any reset");
+        assert!(after.state != given.state && after.state != before.state, "with a holder: {with_holder}");
+        agent.stop();
+        holder.into_iter().for_each(Program::stop);
+        process.stop();
+        source_process.stop();
+    }
+    println!("figures: agent: vfio-user: killed in a restore: reset, STATE_LOST, with a holder and without");
 }

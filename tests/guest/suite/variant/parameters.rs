@@ -5,13 +5,14 @@ use std::fs;
 use vfio_checkpoint_fsm::{Capabilities, State};
 
 const FOLDER: &str = "/sys/module/mtty_variant/parameters";
-const DEFAULTS: [(&str, &str); 9] = [
+const DEFAULTS: [(&str, &str); 10] = [
     ("migration_flags", "7"),
     ("reset_on_close", "0"),
     ("enomsg", "0"),
     ("dirty_bytes", "0"),
     ("no_data_size", "0"),
     ("dma_dirty", "0"),
+    ("no_dma_log", "0"),
     ("fail_hops", "-1"),
     ("error_hops", "-1"),
     ("fail_resets", "0"),
