@@ -3,6 +3,7 @@
 //! ```text
 //!   request --TryFrom--> spec --> core --> message
 //!                 \--> Refusal --status--> google.rpc details
+//!   no request at all --------unread-----> google.rpc details
 //! ```
 //! What a handler starts goes on where its caller hangs up: each change is a task of its own.
 
@@ -11,6 +12,7 @@ mod devices;
 mod messages;
 mod operations;
 mod status;
+mod unread;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -27,6 +29,7 @@ pub use devices::Devices;
 pub(crate) use messages::phase as wire_phase;
 pub use operations::OperationsService;
 pub use status::Refusal;
+pub use unread::UnreadLayer;
 
 use crate::core::Core;
 use crate::operation::Entry;
