@@ -157,7 +157,7 @@ const DAMAGES: &[Damage] = &[
     Damage { what: "a flipped byte", reason: "STREAM_PROTOCOL", to: |kinds| flip(frame(kinds, 1)) },
     Damage {
         what: "a flipped byte under a good CRC",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             flip(frame(kinds, 1));
             mend(frame(kinds, 1));
@@ -165,7 +165,7 @@ const DAMAGES: &[Damage] = &[
     },
     Damage {
         what: "a wrong seal",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             let last = kinds.len() - 1;
             let frame = frame(kinds, last);
@@ -176,7 +176,7 @@ const DAMAGES: &[Damage] = &[
     },
     Damage {
         what: "a seal of another length",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             let last = kinds.len() - 1;
             let frame = frame(kinds, last);

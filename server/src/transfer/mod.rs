@@ -19,7 +19,9 @@ use vfio_checkpoint_device::{ConfigCapture, InterruptKind, PciCommand, Rearm};
 use vfio_checkpoint_proto::domain::{
     self, ArmedInterrupts, ConfigSpaceCapture, Manifest, StreamLimits, StreamOpened,
 };
+use vfio_checkpoint_proto::frame::FrameError;
 use vfio_checkpoint_proto::ids::StreamId;
+use vfio_checkpoint_proto::stream::ProtocolError;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::v1::{FailureReason, StreamMessage};
 use vfio_checkpoint_proto::version::Version;
@@ -93,10 +95,13 @@ pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<FailureReason
     Some(match shared.or_else(|| error.downcast_ref::<TransferError>())? {
         TransferError::Broken(_) => FailureReason::StreamBroken,
         TransferError::AbortedByPeer(_) => FailureReason::AbortedByPeer,
+        TransferError::Changed { .. }
+        | TransferError::Protocol(ProtocolError::Frame(
+            FrameError::SealLength { .. } | FrameError::SealDigest { .. },
+        )) => FailureReason::SealMismatch,
         TransferError::Protocol(_) => FailureReason::StreamProtocol,
         TransferError::Idle(_) => FailureReason::StreamIdle,
         TransferError::Lifetime(_) => FailureReason::StreamLifetime,
-        TransferError::Changed { .. } => FailureReason::SealMismatch,
     })
 }
 
