@@ -9,12 +9,13 @@ use std::{env, fs};
 use protox::prost::Message as _;
 use tonic_prost_build::Config;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "vfio/checkpoint/v1/checkpoint_service.proto",
     "vfio/checkpoint/v1/device_service.proto",
     "vfio/checkpoint/v1/operation_service.proto",
     "vfio/checkpoint/v1/checkpoint.proto",
     "vfio/checkpoint/v1/device.proto",
+    "vfio/checkpoint/v1/reason.proto",
     "vfio/checkpoint/v1/stream.proto",
 ];
 

@@ -1,20 +1,26 @@
 //! The codec of all generated clients and servers: prost's, behind a bound on what a message may decode to.
 //!
 //! ```text
-//!   frame of gRPC (bounded by max_decoding_message_size) --> check_parts --> prost
+//!   frame of gRPC (bounded by max_decoding_message_size) --> length --> check_parts --> prost
 //! ```
 //!
-//! Invariant: nothing is decoded before its parts were counted. Failure: `INVALID_ARGUMENT` with the reason, for the
-//! call whose message it was.
+//! Invariant: nothing is decoded before its length was compared and its parts were counted. Failure: `OUT_OF_RANGE` for a
+//! request that is too long and `INVALID_ARGUMENT` for one that cannot be read, for the call whose message it was. What
+//! is wrong with a response is not the caller's fault: prost's own `INTERNAL`.
+//!
+//! A status from here has no `google.rpc` details: it is made before anything that knows reasons. The agent adds them on
+//! the way out.
 
 use std::marker::PhantomData;
 
+use bytes::Buf as _;
 use prost::{Message, Name};
 use tonic::Status;
 use tonic::codec::{BufferSettings, Codec, DecodeBuf, Decoder, EncodeBuf, Encoder};
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 use crate::parts::{MAX_REQUEST_PARTS, MAX_RESPONSE_PARTS, check_parts};
+use crate::{MAX_REQUEST_BYTES, v1};
 
 /// Encodes `T` and decodes `U`.
 #[derive(Debug, Clone)]
@@ -72,11 +78,23 @@ impl<U: Message + Name + Default> Decoder for BoundedDecoder<U> {
     type Error = Status;
 
     fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        let max = if U::NAME.ends_with("Request") { MAX_REQUEST_PARTS } else { MAX_RESPONSE_PARTS };
+        let is_request = U::NAME.ends_with("Request");
+        // A service has one limit for all of its methods, and that of a stream is much longer.
+        let found_bytes = buf.remaining();
+        if is_request && U::NAME != v1::StreamStateRequest::NAME && found_bytes > MAX_REQUEST_BYTES {
+            return Err(Status::out_of_range(format!(
+                "{} has {found_bytes} bytes, and at most {MAX_REQUEST_BYTES} are taken; ask for less at a time",
+                U::NAME
+            )));
+        }
+        let max = if is_request { MAX_REQUEST_PARTS } else { MAX_RESPONSE_PARTS };
         // tonic hands a message over in one piece. Should it ever not, the count finds it cut off and refuses it.
-        check_parts(&U::full_name(), bytes::Buf::chunk(buf), max)
+        check_parts(&U::full_name(), buf.chunk(), max)
             .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        self.0.decode(buf)
+        // Whose mistake it is: prost's own answer, INTERNAL, would be the agent's.
+        self.0
+            .decode(buf)
+            .map_err(|status| if is_request { Status::invalid_argument(status.message()) } else { status })
     }
 
     fn buffer_settings(&self) -> BufferSettings {

@@ -1,18 +1,35 @@
-//! Points at which a test stops the agent, to kill it there with SIGKILL.
+//! Points at which a test stops the agent, to kill it there with SIGKILL, and points at which it has the journal fail.
 //!
 //! ```text
 //!   FAILPOINTS=NAME=3, or arm("NAME", 3)
 //!   reached(NAME), reached(NAME), reached(NAME): "stopped at NAME" on standard error, and no step further
+//!
+//!   let failing = fail(FOLDER, "commit of HELD", 1)
+//!   failing(FOLDER/.., "commit of HELD")  Ok, then EIO, EIO, ... until it is dropped
 //! ```
+//! The second kind is of one folder, and so of one agent, because many agents run in one process of tests.
+//!
 //! They are there with the feature `failpoints` alone, which only the workspace's tests turn on. Without it `reached` is
 //! an empty function, and nothing reads the environment. The crate `fail` is not used: it prints nothing before it
 //! pauses, and brings a second version of several crates, which the dependency rules refuse.
 //!
 //! # Invariants
-//! - Where `FAILPOINTS` is not set nothing is said and nothing is stopped, with the feature too.
+//! - Where `FAILPOINTS` is not set nothing is said and nothing is stopped, with the feature too; where nobody calls
+//!   `fail`, nothing fails.
 //! - What is stopped blocks its thread: the step does not go on, whatever else the process does.
 
 use std::fmt;
+use std::io;
+use std::path::Path;
+
+/// Whether a test has what comes to `point`, with its file at `path`, fail.
+#[cfg(not(feature = "failpoints"))]
+#[inline]
+#[allow(clippy::unnecessary_wraps, reason = "with the feature it fails")]
+pub(crate) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
+    let _ = (path, point);
+    Ok(())
+}
 
 /// The agent has come to `point`.
 #[cfg(not(feature = "failpoints"))]
@@ -22,7 +39,12 @@ pub(crate) fn reached(point: fmt::Arguments<'_>) {
 }
 
 #[cfg(feature = "failpoints")]
-pub use on::{arm, release};
+pub use on::{Failing, arm, fail, release};
+
+#[cfg(feature = "failpoints")]
+pub(crate) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
+    on::failing(path, point)
+}
 
 #[cfg(feature = "failpoints")]
 pub(crate) fn reached(point: fmt::Arguments<'_>) {
@@ -32,8 +54,11 @@ pub(crate) fn reached(point: fmt::Arguments<'_>) {
 #[cfg(feature = "failpoints")]
 mod on {
     use std::fmt;
-    use std::io::Write as _;
+    use std::io::{self, Write as _};
+    use std::path::{Path, PathBuf};
     use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+
+    use tokio::sync::watch;
 
     struct Points {
         /// Say each point, so that a test knows which there are.
@@ -53,6 +78,58 @@ mod on {
         Mutex::new(Points { tell: set.is_ok(), armed, released: 0 })
     });
     static RELEASED: Condvar = Condvar::new();
+
+    /// What a test has fail.
+    struct Fails {
+        folder: PathBuf,
+        point: String,
+        /// How many pass before the first that fails.
+        pass: u32,
+        failed: watch::Sender<u32>,
+    }
+
+    static FAILS: Mutex<Vec<Fails>> = Mutex::new(Vec::new());
+
+    fn fails() -> MutexGuard<'static, Vec<Fails>> {
+        FAILS.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something fails until this is dropped.
+    #[derive(Debug)]
+    pub struct Failing(watch::Receiver<u32>);
+
+    impl Failing {
+        /// Ready once it has failed so many times.
+        pub async fn times(&mut self, times: u32) {
+            // The sender goes with this value.
+            let _ = self.0.wait_for(|failed| *failed >= times).await;
+        }
+    }
+
+    impl Drop for Failing {
+        fn drop(&mut self) {
+            fails().retain(|fails| !fails.failed.subscribe().same_channel(&self.0));
+        }
+    }
+
+    /// Has what comes to `point` fail where its file is in `folder`, from the one after `pass` on.
+    pub fn fail(folder: &Path, point: &str, pass: u32) -> Failing {
+        let (failed, failing) = watch::channel(0);
+        fails().push(Fails { folder: folder.to_owned(), point: point.to_owned(), pass, failed });
+        Failing(failing)
+    }
+
+    pub(super) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
+        let mut all = fails();
+        let mut strikes = all.iter_mut().filter(|fails| path.starts_with(&fails.folder));
+        let Some(struck) = strikes.find(|fails| point.to_string() == fails.point) else { return Ok(()) };
+        if let Some(left) = struck.pass.checked_sub(1) {
+            struck.pass = left;
+            return Ok(());
+        }
+        struck.failed.send_modify(|failed| *failed += 1);
+        Err(io::Error::other(format!("a test has {point} fail")))
+    }
 
     fn points() -> MutexGuard<'static, Points> {
         POINTS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -92,6 +169,6 @@ mod on {
 
     fn say(line: fmt::Arguments<'_>) {
         // Whoever reads it waits for the line: one write, and nobody else is there to tell where it fails.
-        let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+        let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
     }
 }

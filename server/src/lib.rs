@@ -24,6 +24,7 @@ pub mod failpoint;
 pub mod holder;
 pub mod journal;
 pub mod operation;
+mod reason;
 pub mod registry;
 pub mod rpc;
 pub mod security;

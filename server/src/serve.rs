@@ -1,9 +1,9 @@
 //! How an agent is served, and how it ends.
 //!
 //! ```text
-//!   Listener (TLS, limits) --> trace --> authorize --> DeviceService, CheckpointService, OperationService,
-//!                                                      health, reflection
-//!   health_listen (plain) ---------------------------> health, nothing else
+//!   Listener (TLS, limits) --> trace --> authorize --> unread --> DeviceService, CheckpointService, OperationService,
+//!                                                                 health, reflection
+//!   health_listen (plain) --------------------------------------> health, nothing else
 //!
 //!   stop: admit nothing, NOT_SERVING --> undo what runs, leave what is held --> close --> end
 //! ```
@@ -36,7 +36,7 @@ use crate::core::Core;
 use crate::counted::counted;
 use crate::environment::Environment;
 use crate::operation::{Cancel, Entry, Phase};
-use crate::rpc::{Checkpoints, Devices, OperationsService};
+use crate::rpc::{Checkpoints, Devices, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
 use crate::security::authorize::AuthorizeLayer;
 use crate::security::clock::SystemClock;
@@ -151,6 +151,7 @@ impl Agent {
             .tcp_nodelay(true)
             .layer(TraceLayer)
             .layer(AuthorizeLayer::new(policy.clone()))
+            .layer(UnreadLayer)
             .add_service(
                 DeviceServiceServer::new(Devices::new(Arc::clone(&core)))
                     .max_decoding_message_size(MAX_REQUEST_BYTES),

@@ -10,8 +10,8 @@ use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{
-    Bench, Line, Node, device, done, failure, reached, refused, refused_field, request_id, save, save_of,
-    soon, start_save, take, violations,
+    Bench, Line, Node, at_once, device, done, failure, reached, refused, refused_field, request_id, save,
+    save_of, soon, start_save, take, violations,
 };
 use crate::lab::{Lab, start};
 
@@ -181,7 +181,7 @@ async fn what_cannot_be_reset_is_told() {
         ],
     ))
     .await;
-    let (saver, admin) = (lab.client(&agent, "saver").await, lab.client(&agent, "admin").await);
+    let (saver, admin) = (lab.client(&agent, "saver").await, at_once(lab.client(&agent, "admin").await));
     refused_field(admin.reset_device(reset("nic0", v1::ResetMode::Unspecified)).await, "mode");
     let wrong = v1::ResetDeviceRequest { mode: 77, ..reset("nic0", v1::ResetMode::KeepState) };
     refused_field(admin.reset_device(wrong).await, "mode");

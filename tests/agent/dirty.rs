@@ -1,6 +1,9 @@
 //! Dirty tracking: the log of pages that a device writes.
 
+use std::time::Duration;
+
 use tonic::Code;
+use vfio_checkpoint_device::IovaRange;
 use vfio_checkpoint_device::sim::{SimConfig, SimDma};
 use vfio_checkpoint_proto::v1;
 
@@ -118,5 +121,50 @@ async fn what_cannot_be_tracked_is_told() {
     let refusal = refused(saver.start_save(save).await, Code::FailedPrecondition, "BLOCKED");
     let blocker = ("BLOCKER_REASON_NO_DIRTY_TRACKING".to_owned(), "devices/blind".to_owned());
     assert_eq!(violations(&refusal), [blocker]);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_that_a_device_writes_are_told_once_and_no_others() {
+    let lab = Lab::new();
+    // Three pages a second, out of three: 10, 11 and 12.
+    let writing = Bench::new(SimConfig {
+        memory_bytes: 1 << 20,
+        dma: SimDma {
+            ranges: vec![IovaRange::new(10 * PAGE, 3 * PAGE).unwrap()],
+            bytes_per_second: 3 * PAGE,
+            ..SimDma::default()
+        },
+        ..SimConfig::default()
+    });
+    let agent = start(lab.config("a", &[("nic0", writing.address.as_str())])).await;
+    let saver = lab.client(&agent, "saver").await;
+    saver.start_dirty_tracking(from("nic0", &[(0, 64 * PAGE)])).await.unwrap();
+    let read = async |start: u64, pages: u64| {
+        let report = saver.report_dirty_pages(of("nic0", start * PAGE, pages * PAGE)).await.unwrap();
+        assert!(!report.all_dirty);
+        report.bitmap.to_vec()
+    };
+    assert_eq!(read(0, 20).await, [0, 0, 0], "its time stands still");
+    writing.time.advance(Duration::from_secs(1));
+    assert_eq!(read(0, 10).await, [0, 0], "it writes elsewhere");
+    assert_eq!(read(8, 12).await, [0b0001_1100, 0], "the first page of the range is the lowest bit");
+    assert_eq!(read(0, 20).await, [0, 0, 0], "what was told is cleared");
+    writing.time.advance(Duration::from_secs(1));
+    assert_eq!(read(0, 20).await, [0, 0b0001_1100, 0], "it wrote them again");
+    assert_eq!(writing.device.dma_writes(), 6);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_out_of_service_is_not_asked() {
+    let lab = Lab::new();
+    let agent = start(lab.config("a", &[("gone", "vfio-user:/nonexistent/device.sock")])).await;
+    let saver = lab.client(&agent, "saver").await;
+    let started = saver.start_dirty_tracking(from("gone", &[(0, PAGE)])).await;
+    let refusal = refused(started, Code::FailedPrecondition, "OUT_OF_SERVICE");
+    assert!(refusal.message.contains("/nonexistent/device.sock"), "{refusal}");
+    refused(saver.report_dirty_pages(of("gone", 0, PAGE)).await, Code::FailedPrecondition, "OUT_OF_SERVICE");
+    refused(saver.stop_dirty_tracking(stop("gone")).await, Code::FailedPrecondition, "OUT_OF_SERVICE");
     agent.stop().await.unwrap();
 }

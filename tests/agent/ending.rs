@@ -19,7 +19,9 @@ use vfio_checkpoint_server::security::identity::Identity;
 use vfio_checkpoint_server::security::lab::{LabCertificate, write_file};
 use vfio_checkpoint_server::serve::Agent;
 
-use crate::flow::{Node, channel, device, done, failure, reached, refused, save, save_of, soon, start_save};
+use crate::flow::{
+    Node, channel, device, done, failure, reached, refused, restore_into, save, save_of, soon, start_save,
+};
 use crate::lab::{Lab, start, validity};
 
 async fn connect(lab: &Lab, agent: &Agent, issued: &LabCertificate) -> Client {
@@ -176,8 +178,15 @@ async fn an_agent_that_ends_admits_nothing() {
     let lab = Lab::new();
     let agent = start(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")])).await;
     let saver = lab.client(&agent, "saver").await;
+    let restorer = lab.client(&agent, "restorer").await;
+    let saved = save(&saver, &["n0"]).await;
     agent.core().begin_ending();
     refused(saver.start_save(save_of(&["n0"])).await, Code::Unavailable, "SHUTTING_DOWN");
+    let restore = restore_into(&["n0"], &saved);
+    refused(restorer.restore(restore.clone()).await, Code::Unavailable, "SHUTTING_DOWN");
+    let validated = v1::RestoreRequest { validate_only: true, ..restore };
+    let answer = restorer.restore(validated).await.unwrap();
+    assert_eq!(answer.blockers[0].reason(), v1::BlockerReason::AgentBusy);
     let validated = v1::StartSaveRequest { validate_only: true, ..save_of(&["n0"]) };
     let answer = saver.start_save(validated).await.unwrap();
     assert_eq!(answer.blockers[0].reason(), v1::BlockerReason::AgentBusy);

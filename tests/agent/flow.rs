@@ -6,6 +6,7 @@ use std::future::Future;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,9 +16,10 @@ use prost_types::Duration as WireDuration;
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
-use vfio_checkpoint_client::call::{CallError, Client, Refusal};
+use vfio_checkpoint_client::call::{CallError, CallOptions, Client, Refusal, RetryPolicy};
 use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
 use vfio_checkpoint_client::transfer::{Accepted, GiveState, TakeState, Taker};
 use vfio_checkpoint_device::MigrationDevice;
@@ -34,6 +36,8 @@ use vfio_checkpoint_server::security::identity::Identity;
 use vfio_checkpoint_server::serve::Agent;
 
 use crate::lab::{Lab, PATIENCE, validity};
+
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// A request id that nobody else uses.
 pub(crate) fn request_id(number: u32) -> String {
@@ -92,6 +96,8 @@ impl Node {
 pub(crate) struct Bench {
     pub(crate) device: SimDevice,
     pub(crate) address: String,
+    /// What the device tells time by: it stands still unless a test moves it.
+    pub(crate) time: Arc<VirtualTime>,
     handle: ServerHandle,
     _folder: tempfile::TempDir,
 }
@@ -108,13 +114,16 @@ impl Bench {
         let time = Arc::new(VirtualTime::default());
         let device = SimDevice::new(config, time.clone()).unwrap();
         let handle: Box<dyn MigrationDevice> = Box::new(device.open().unwrap());
-        let served: Box<dyn MigrationDevice> =
-            if faults.is_empty() { handle } else { Box::new(FaultyDevice::new(handle, faults, time)) };
+        let served: Box<dyn MigrationDevice> = if faults.is_empty() {
+            handle
+        } else {
+            Box::new(FaultyDevice::new(handle, faults, Arc::clone(&time)))
+        };
         let listener = UnixListener::bind(&path).unwrap();
         let server = Server::new(served, listener, ServerOptions::default()).unwrap();
         let handle = server.handle();
         thread::spawn(move || server.run());
-        Self { device, address: format!("vfio-user:{}", path.display()), handle, _folder: folder }
+        Self { device, address: format!("vfio-user:{}", path.display()), time, handle, _folder: folder }
     }
 }
 
@@ -171,8 +180,27 @@ fn carry(mut from: &UnixStream, mut to: &UnixStream, is_cut: &AtomicBool) -> io:
     }
 }
 
+/// A connection with nothing but TLS on it.
+pub(crate) async fn connection(lab: &Lab, agent: &Agent, identity: &str) -> TlsStream<TcpStream> {
+    soon(connector(lab, agent, identity)()).await.unwrap()
+}
+
 /// A channel without the client library, for what that would never say.
 pub(crate) async fn channel(lab: &Lab, agent: &Agent, identity: &str) -> Channel {
+    let connect = connector(lab, agent, identity);
+    let connect = move |_: tonic::transport::Uri| {
+        let connecting = connect();
+        async move { Ok::<_, io::Error>(TokioIo::new(connecting.await?)) }
+    };
+    let endpoint = Endpoint::from_static("http://agent.lab");
+    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await.unwrap()
+}
+
+fn connector(
+    lab: &Lab,
+    agent: &Agent,
+    identity: &str,
+) -> impl Fn() -> BoxFuture<'static, io::Result<TlsStream<TcpStream>>> + Send + Clone + 'static {
     let identity = Identity::Spiffe(identity.parse().unwrap());
     let issued = lab.ca.issue(&identity, &[], &[], validity()).unwrap();
     let authority = lab.ca.pem();
@@ -180,16 +208,19 @@ pub(crate) async fn channel(lab: &Lab, agent: &Agent, identity: &str) -> Channel
     let credentials = Credentials::from_pem(certificate, key.as_bytes(), authority.as_bytes()).unwrap();
     let tls = client_config(credentials, &ServerCheck::Name(None)).unwrap();
     let address = agent.address();
-    let connect = move |_: tonic::transport::Uri| {
+    move || {
         let connector = TlsConnector::from(tls.clone());
-        async move {
+        Box::pin(async move {
             let name = rustls_pki_types::ServerName::from(address.ip());
-            let tcp = TcpStream::connect(address).await?;
-            Ok::<_, io::Error>(TokioIo::new(connector.connect(name, tcp).await?))
-        }
-    };
-    let endpoint = Endpoint::from_static("http://agent.lab");
-    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await.unwrap()
+            connector.connect(name, TcpStream::connect(address).await?).await
+        })
+    }
+}
+
+/// A client that takes the first UNAVAILABLE for an answer.
+pub(crate) fn at_once(client: Client) -> Client {
+    let retry = RetryPolicy { attempts: 1, ..RetryPolicy::default() };
+    client.with_call_options(CallOptions { retry, ..CallOptions::default() })
 }
 
 /// A save of these devices and nothing else said.

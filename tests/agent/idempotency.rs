@@ -3,7 +3,9 @@
 use tonic::Code;
 use vfio_checkpoint_proto::v1;
 
-use crate::flow::{Node, done, failure, refused, request_id, restore_into, save, save_of, start_save, take};
+use crate::flow::{
+    Node, at_once, done, failure, refused, request_id, restore_into, save, save_of, start_save, take,
+};
 use crate::lab::{Lab, start};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -24,9 +26,13 @@ async fn one_request_id_starts_one_operation() {
     names.dedup();
     assert_eq!(names.len(), 1, "all got one: {names:?}");
 
-    // Asked whether it would work, it is the same request.
+    // Asked whether it would work, it is the same request; the answer is what is in the way, and no operation.
     let validated = v1::StartSaveRequest { validate_only: true, ..request.clone() };
-    saver.start_save(validated).await.unwrap();
+    let answer = saver.start_save(validated).await.unwrap();
+    assert_eq!(answer.operation, None, "a dry run starts nothing, and finds nothing that was started");
+    let blockers: Vec<_> = answer.blockers.iter().map(v1::Blocker::reason).collect();
+    assert_eq!(blockers, [v1::BlockerReason::Leased], "the operation that the id stands for has the device");
+    assert!(answer.prediction.is_some());
     let other_body = v1::StartSaveRequest { devices: vec!["devices/n1".to_owned()], ..request.clone() };
     refused(saver.start_save(other_body).await, Code::AlreadyExists, "REQUEST_ID_REUSED");
     // An id is its caller's own.
@@ -41,7 +47,8 @@ async fn one_request_id_starts_one_operation() {
 
     // A blocked request stands for nothing.
     let blocked = v1::StartSaveRequest { request_id: request_id(2), ..save_of(&["n1"]) };
-    refused(saver.start_save(blocked.clone()).await, Code::Unavailable, "BLOCKED");
+    let at_once = at_once(saver.clone());
+    refused(at_once.start_save(blocked.clone()).await, Code::Unavailable, "BLOCKED");
     let other_body = v1::StartSaveRequest { devices: vec!["devices/n0".to_owned()], ..blocked };
     start_save(&saver, other_body).await;
     agent.stop().await.unwrap();
@@ -63,6 +70,12 @@ async fn a_request_id_is_known_after_a_restart() {
     let restorer = lab.client(node.agent(), "restorer").await;
     let restore = v1::RestoreRequest { request_id: request_id(1), ..restore_into(&["n1"], &saved) };
     let restored = restorer.restore(restore.clone()).await.unwrap().operation.unwrap().name;
+    let validated = v1::RestoreRequest { validate_only: true, ..restore.clone() };
+    assert_eq!(
+        restorer.restore(validated).await.unwrap().operation,
+        None,
+        "a dry run starts and finds nothing"
+    );
     drop((saver, restorer));
     node.stop().await;
 

@@ -157,7 +157,7 @@ const DAMAGES: &[Damage] = &[
     Damage { what: "a flipped byte", reason: "STREAM_PROTOCOL", to: |kinds| flip(frame(kinds, 1)) },
     Damage {
         what: "a flipped byte under a good CRC",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             flip(frame(kinds, 1));
             mend(frame(kinds, 1));
@@ -165,7 +165,7 @@ const DAMAGES: &[Damage] = &[
     },
     Damage {
         what: "a wrong seal",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             let last = kinds.len() - 1;
             let frame = frame(kinds, last);
@@ -176,7 +176,7 @@ const DAMAGES: &[Damage] = &[
     },
     Damage {
         what: "a seal of another length",
-        reason: "STREAM_PROTOCOL",
+        reason: "SEAL_MISMATCH",
         to: |kinds| {
             let last = kinds.len() - 1;
             let frame = frame(kinds, last);
@@ -348,5 +348,61 @@ async fn a_device_that_does_not_take_the_state_is_named() {
     assert_eq!(ended.failure.as_ref().unwrap().device, "devices/target");
     assert_eq!(ended.outcome(), v1::StateOutcome::StateLost);
     never_ran(&bench);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_giver_that_never_ends_its_stream_does_not_hold_a_loaded_device() {
+    let lab = Lab::new();
+    let bench = Bench::new(small());
+    let source = Bench::new(SimConfig { seed: 7, ..small() });
+    let mut config =
+        lab.config("a", &[("source", source.address.as_str()), ("target", bench.address.as_str())]);
+    config.defaults.hold_timeout = Duration::from_millis(50);
+    let agent = start(config).await;
+    let saved = save(&lab.client(&agent, "saver").await, &["source"]).await;
+    let restorer = lab.client(&agent, "restorer").await;
+    let name = start_restore(&restorer, restore_into(&["target"], &saved)).await;
+    bench.device.take_hops();
+    let GiveState { mut giver, .. } = GiveState::open(&restorer, &name.parse().unwrap()).await.unwrap();
+    for (device, bytes) in &saved.pieces {
+        giver.chunk(*device, bytes.clone()).await.unwrap();
+    }
+    let (device, seal, config) = &saved.seals[0];
+    giver.seal_as(*device, *config, *seal).await.unwrap();
+    // It has said all, and does not hang up once it hears that all was taken.
+    let ended = done(&restorer, &name).await;
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "OWNER_NOT_READY"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.outcome(), v1::StateOutcome::StateLost);
+    never_ran(&bench);
+    drop(giver);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_not_ready_any_more_is_named_and_nothing_is_touched() {
+    let (_lab, agent, bench, saved, restorer) = bench(&[]).await;
+    let name = start_restore(&restorer, restore_into(&["target"], &saved)).await;
+    bench.device.take_hops();
+    // Between its admission and its stream.
+    bench.device.force_error();
+    let Ok(GiveState { giver, .. }) = GiveState::open(&restorer, &name.parse().unwrap()).await else {
+        panic!("the stream is opened before the devices are looked at");
+    };
+    let ended = done(&restorer, &name).await;
+    drop(giver);
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "DEVICE_NOT_READY"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.failure.as_ref().unwrap().device, "devices/target");
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
+    assert!(bench.device.take_hops().is_empty(), "nothing is touched");
+    assert_eq!((bench.device.state(), bench.device.resets()), (State::Error, 0));
     agent.stop().await.unwrap();
 }

@@ -19,13 +19,13 @@ use crate::flow::{
 };
 use crate::lab::{Lab, start};
 
-type Sender = mpsc::Sender<v1::StreamStateRequest>;
+pub(crate) type Sender = mpsc::Sender<v1::StreamStateRequest>;
 
 fn request(kind: Option<Kind>) -> v1::StreamStateRequest {
     v1::StreamStateRequest { message: Some(v1::StreamMessage { kind }) }
 }
 
-fn open_of(operation: &str, role: v1::StreamRole) -> v1::StreamOpen {
+pub(crate) fn open_of(operation: &str, role: v1::StreamRole) -> v1::StreamOpen {
     v1::StreamOpen {
         operation: operation.to_owned(),
         role: role.into(),
@@ -36,7 +36,7 @@ fn open_of(operation: &str, role: v1::StreamRole) -> v1::StreamOpen {
 }
 
 /// A stream that begins with this message; what is refused comes before its first answer.
-async fn begin(
+pub(crate) async fn begin(
     channel: &Channel,
     first: Option<Kind>,
 ) -> Result<(Sender, Streaming<v1::StreamStateResponse>), Status> {
@@ -203,6 +203,39 @@ async fn a_taker_that_never_reads_does_not_hold_a_device_for_ever() {
     let (_sender, _unread) = begin(&raw, Some(open)).await.unwrap();
     let ended = done(&saver, &name).await;
     assert_eq!((ended.result(), failure(&ended)), (v1::OperationResult::Failed, "STREAM_IDLE"), "{ended:?}");
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
+    assert_eq!(device(&saver, "n0").await.state(), v1::MigrationState::Running);
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_does_not_outlive_its_lifetime_however_busy_it_is() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    config.server.stream_lifetime = Duration::from_millis(300);
+    let agent = start(config).await;
+    let saver = lab.client(&agent, "saver").await;
+    // It waits for a Cutover that nobody says, and its taker reads all that is said meanwhile.
+    let manual = v1::StartSaveRequest {
+        cutover: v1::CutoverMode::Manual.into(),
+        pre_copy: v1::PreCopyMode::Never.into(),
+        ..save_of(&["n0"])
+    };
+    let name = start_save(&saver, manual).await;
+    let raw = channel(&lab, &agent, "spiffe://lab.test/saver/test").await;
+    let open = Kind::Open(open_of(&name, v1::StreamRole::Taker));
+    let (_sender, mut answers) = begin(&raw, Some(open)).await.unwrap();
+    let mut last = None;
+    while let Ok(Some(answer)) = soon(answers.message()).await {
+        last = answer.message.and_then(|message| message.kind);
+    }
+    assert!(matches!(last, Some(Kind::Abort(_))), "the taker is told: {last:?}");
+    let ended = done(&saver, &name).await;
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "STREAM_LIFETIME"),
+        "{ended:?}"
+    );
     assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
     assert_eq!(device(&saver, "n0").await.state(), v1::MigrationState::Running);
     agent.stop().await.unwrap();

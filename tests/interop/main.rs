@@ -158,7 +158,7 @@ async fn a_generated_client_reads_what_is_refused() {
     for (case, reason, says) in [
         ("flipped_bit", "STREAM_PROTOCOL", "frame 1 is damaged"),
         ("lost_frame", "STREAM_PROTOCOL", "frame 2 came where frame 1 was expected"),
-        ("other_seal", "STREAM_PROTOCOL", "is not what its seal says"),
+        ("other_seal", "SEAL_MISMATCH", "is not what its seal says"),
         ("no_seal", "STREAM_BROKEN", "before the seals"),
     ] {
         let ended = &told[case];

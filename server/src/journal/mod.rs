@@ -32,7 +32,7 @@ use vfio_checkpoint_device::{Executor, Lane};
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
 
 use crate::environment::UnixMillis;
-use crate::failpoint::reached;
+use crate::failpoint::{failing, reached};
 use crate::operation::record::OperationRecord;
 
 /// Version of what is in the file. A file of another version is refused.
@@ -283,6 +283,8 @@ impl Journal {
     ///
     /// Where the future is dropped the commit goes on.
     pub async fn commit(&self, changes: Vec<Change>) -> Result<(), JournalError> {
+        failing(&self.shared.path, format_args!("{}", Announced(&changes)))
+            .map_err(|error| JournalError::storage(redb::Error::Io(error)))?;
         let (answer, answered) = oneshot::channel();
         let database = Arc::clone(&self.shared.database);
         self.shared.lane.submit(Box::new(move || {

@@ -7,6 +7,7 @@ use vfio_checkpoint_device::{Backend, Identity, chain};
 use vfio_checkpoint_fsm::{Outcome, SaveState, Validity};
 use vfio_checkpoint_proto::domain;
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
+use vfio_checkpoint_proto::v1::FailureReason;
 
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;
@@ -54,8 +55,14 @@ impl End {
         }
     }
 
-    fn because(mut self, reason: &str, message: impl Into<String>, device: Option<DeviceName>) -> Self {
-        self.failure = Some(FailureRecord { reason: reason.to_owned(), message: message.into(), device });
+    fn because(
+        mut self,
+        reason: FailureReason,
+        message: impl Into<String>,
+        device: Option<DeviceName>,
+    ) -> Self {
+        self.failure =
+            Some(FailureRecord { reason: reason.as_reason().to_owned(), message: message.into(), device });
         self
     }
 
@@ -161,9 +168,9 @@ pub(super) fn take_over_records(core: &Core, changes: &[Change]) {
 /// It was given up before anything was touched.
 pub(super) fn never_begun(why: &Cancel) -> End {
     let (result, reason) = match why {
-        Cancel::Requested { .. } => (EndResult::Cancelled, "CANCELLED"),
-        Cancel::NoStream { .. } => (EndResult::Failed, "NO_STREAM"),
-        Cancel::ShuttingDown => (EndResult::Failed, "SHUTTING_DOWN"),
+        Cancel::Requested { .. } => (EndResult::Cancelled, FailureReason::Cancelled),
+        Cancel::NoStream { .. } => (EndResult::Failed, FailureReason::NoStream),
+        Cancel::ShuttingDown => (EndResult::Failed, FailureReason::ShuttingDown),
     };
     let message = format!("nothing was touched: {why}");
     End::new(result, EndOutcome::Preserved).because(reason, message, None)
@@ -172,7 +179,7 @@ pub(super) fn never_begun(why: &Cancel) -> End {
 /// The agent ended before a restore had begun.
 pub(super) fn untouched() -> End {
     End::new(EndResult::Failed, EndOutcome::Preserved).because(
-        "AGENT_RESTARTED",
+        FailureReason::AgentRestarted,
         "the agent ended before the restore had begun; nothing was touched",
         None,
     )
@@ -181,7 +188,7 @@ pub(super) fn untouched() -> End {
 /// A device of the set is not open any more.
 pub(super) fn not_open() -> End {
     End::new(EndResult::Failed, EndOutcome::Preserved).because(
-        "DEVICE_UNAVAILABLE",
+        FailureReason::DeviceUnavailable,
         "nothing was touched: a device of the set is not open",
         None,
     )
@@ -216,7 +223,7 @@ pub(super) fn sealed_save(entry: &Entry) -> End {
 
 fn inconsistent() -> End {
     let mut end = End::new(EndResult::Failed, EndOutcome::Preserved).because(
-        "HOLD_EXPIRED",
+        FailureReason::HoldExpired,
         "nobody said Resume before the hold ran out: the devices run on, and the checkpoint is INCONSISTENT, because \
          memory that was captured with it may have moved on",
         None,
@@ -259,11 +266,15 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
     let result = if cancelled { EndResult::Cancelled } else { EndResult::Failed };
     match error {
         OperationError::Refused(refusal) => {
-            End::new(result, EndOutcome::Preserved).because("BLOCKED", chain(refusal), None)
+            End::new(result, EndOutcome::Preserved).because(FailureReason::Blocked, chain(refusal), None)
         }
         OperationError::NotReady { device, .. } => {
             let device = name_of(lease, device);
-            End::new(result, EndOutcome::Preserved).because("DEVICE_NOT_READY", chain(error), device)
+            End::new(result, EndOutcome::Preserved).because(
+                FailureReason::DeviceNotReady,
+                chain(error),
+                device,
+            )
         }
         OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
             let outcome = match outcome {
@@ -283,21 +294,23 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
     }
 }
 
-fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (&'static str, Option<DeviceName>) {
+fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option<DeviceName>) {
     match cause {
-        Cause::Device { device, .. } => ("DEVICE_FAILED", name_of(lease, device)),
+        Cause::Device { device, .. } => (FailureReason::DeviceFailed, name_of(lease, device)),
         Cause::Cancelled(error) => match (crate::transfer::reason(&**error), entry.signals.cancel_reason()) {
             (Some(reason), _) => (reason, None),
-            (None, Some(Cancel::ShuttingDown)) => ("SHUTTING_DOWN", None),
-            (None, Some(Cancel::Requested { .. } | Cancel::NoStream { .. }) | None) => ("CANCELLED", None),
+            (None, Some(Cancel::ShuttingDown)) => (FailureReason::ShuttingDown, None),
+            (None, Some(Cancel::Requested { .. } | Cancel::NoStream { .. }) | None) => {
+                (FailureReason::Cancelled, None)
+            }
         },
-        Cause::Unrecorded(_) => ("JOURNAL_FAILED", None),
-        Cause::NoCutover { .. } => ("CUTOVER_TIMEOUT", None),
-        Cause::Downtime { .. } => ("NO_CONVERGENCE", None),
-        Cause::HoldExpired { .. } => ("HOLD_EXPIRED", None),
-        Cause::NotReady { .. } => ("OWNER_NOT_READY", None),
-        Cause::Interrupted => ("AGENT_RESTARTED", None),
-        Cause::Other(error) => (crate::transfer::reason(&**error).unwrap_or("FAILED"), None),
+        Cause::Unrecorded(_) => (FailureReason::JournalFailed, None),
+        Cause::NoCutover { .. } => (FailureReason::CutoverTimeout, None),
+        Cause::Downtime { .. } => (FailureReason::NoConvergence, None),
+        Cause::HoldExpired { .. } => (FailureReason::HoldExpired, None),
+        Cause::NotReady { .. } => (FailureReason::OwnerNotReady, None),
+        Cause::Interrupted => (FailureReason::AgentRestarted, None),
+        Cause::Other(error) => (crate::transfer::reason(&**error).unwrap_or(FailureReason::Failed), None),
     }
 }
 
@@ -319,7 +332,7 @@ pub(super) fn not_kept(
     let names: Vec<String> = lost.iter().map(ToString::to_string).collect();
     let names = if names.is_empty() { "its devices".to_owned() } else { names.join(", ") };
     let mut end = End::new(EndResult::Failed, EndOutcome::StateLost).because(
-        "AGENT_RESTARTED",
+        FailureReason::AgentRestarted,
         format!(
             "the agent ended while the operation was under way, and nobody kept {names} open, so what was in there is \
              lost: run a holder"
@@ -347,7 +360,7 @@ pub(super) fn not_kept(
 /// The device layer took a save up and ended it in a way that no success has: a defect.
 pub(super) fn unexpected(state: SaveState) -> End {
     let message = format!("the save that was taken up ended as {state}, which is a defect to report");
-    End::new(EndResult::Failed, EndOutcome::Preserved).because("FAILED", message, None)
+    End::new(EndResult::Failed, EndOutcome::Preserved).because(FailureReason::Failed, message, None)
 }
 
 pub(super) fn backend_to_wire(backend: Backend) -> domain::Backend {

@@ -284,7 +284,8 @@ impl Entry {
         if view.end.is_some() {
             return Err(Refused::Over);
         }
-        if view.phase == Phase::Unwinding {
+        // Also where its task has not come to it yet: what was undone first is not cut over.
+        if view.phase == Phase::Unwinding || self.signals.cancel_reason().is_some() {
             return Err(Refused::Undone);
         }
         self.signals.say_cutover();
@@ -300,6 +301,7 @@ impl Entry {
         }
         let view = self.view();
         match view.phase {
+            Phase::Held if self.signals.cancel_reason().is_some() => Err(Refused::Undone),
             Phase::Held => {
                 self.signals.say_resume();
                 Ok(())

@@ -19,6 +19,7 @@ use vfio_checkpoint_proto::domain::{
 };
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
 use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_proto::v1::ErrorReason;
 use vfio_checkpoint_proto::v1::device_service_server::DeviceService;
 
 use super::{Refusal, audit, messages, open, page, spec, to_its_end};
@@ -62,7 +63,7 @@ impl Devices {
             ) => Err(Refusal::Device {
                 device: name.clone(),
                 problem: view.standing.detail(),
-                reason: "OUT_OF_SERVICE",
+                reason: ErrorReason::OutOfService,
             }),
         }
     }
@@ -85,7 +86,7 @@ impl Devices {
         &self,
         name: &DeviceName,
         call: Call,
-        reason: &'static str,
+        reason: ErrorReason,
         work: impl FnOnce(&mut Driver) -> Result<T, DeviceError> + Send + 'static,
     ) -> Result<T, Refusal> {
         let problem = match self.lane(name)?.start(call, work).finished().await {
@@ -134,7 +135,7 @@ impl Core {
         let view = slot.view();
         let (Some(lane), Some(before)) = (slot.lane(), view.record.clone()) else {
             let problem = view.standing.detail();
-            return Err(Refusal::Device { device: spec.name, problem, reason: "OUT_OF_SERVICE" });
+            return Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::OutOfService });
         };
         if spec.validate_only {
             return Ok(Done { view, state_lost: spec.mode == ResetMode::DiscardState });
@@ -201,7 +202,9 @@ impl Core {
                 }
                 Ok(Done { view: slot.refresh().await, state_lost })
             }
-            Err((problem, _)) => Err(Refusal::Device { device: spec.name, problem, reason: "RESET_FAILED" }),
+            Err((problem, _)) => {
+                Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::ResetFailed })
+            }
         }
     }
 }
@@ -335,7 +338,7 @@ impl DeviceService for Devices {
                 ranges.iter().filter_map(|range| IovaRange::new(range.start, range.length_bytes)).collect();
             self.check_log(&name, &caller)?;
             let work = move |driver: &mut Driver| driver.start_dma_log(page_bytes, &ranges);
-            let page_bytes = self.ask(&name, Call::DmaLogStart, "DIRTY_TRACKING", work).await?;
+            let page_bytes = self.ask(&name, Call::DmaLogStart, ErrorReason::DirtyTracking, work).await?;
             self.slot(&name)?.set_log_owner(Some(caller.identity.to_string()));
             Ok(page_bytes)
         }
@@ -355,7 +358,7 @@ impl DeviceService for Devices {
         let range = IovaRange::new(spec.range.start, spec.range.length_bytes)
             .ok_or_else(|| Refusal::invalid("range", "it is empty, or goes beyond the last address"))?;
         let work = move |driver: &mut Driver| driver.report_dma_log(range, page_bytes);
-        let report = self.ask(&spec.name, Call::DmaLogReport, "DIRTY_TRACKING", work).await?;
+        let report = self.ask(&spec.name, Call::DmaLogReport, ErrorReason::DirtyTracking, work).await?;
         let (bitmap, all_dirty) = match report {
             DirtyReport::Pages(mut bitmap) => (bits(&mut bitmap), false),
             DirtyReport::AllDirty { .. } => (all_dirty(spec.pages()), true),
@@ -371,7 +374,7 @@ impl DeviceService for Devices {
         let stopped = async {
             let name = device_name(&wire.name)?;
             self.check_log(&name, &caller)?;
-            self.ask(&name, Call::DmaLogStop, "DIRTY_TRACKING", Driver::stop_dma_log).await?;
+            self.ask(&name, Call::DmaLogStop, ErrorReason::DirtyTracking, Driver::stop_dma_log).await?;
             self.slot(&name)?.set_log_owner(None);
             Ok(())
         }

@@ -3,6 +3,7 @@
 //! ```text
 //!   request --TryFrom--> spec --> core --> message
 //!                 \--> Refusal --status--> google.rpc details
+//!   no request at all --------unread-----> google.rpc details
 //! ```
 //! What a handler starts goes on where its caller hangs up: each change is a task of its own.
 
@@ -11,32 +12,38 @@ mod devices;
 mod messages;
 mod operations;
 mod status;
+mod unread;
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
-use tonic::{Extensions, Request, Status};
+use tonic::{Code, Extensions, Request, Status};
+use tonic_types::StatusExt as _;
 use vfio_checkpoint_proto::domain::Invalid;
 use vfio_checkpoint_proto::ids::OperationName;
+use vfio_checkpoint_proto::v1::ErrorReason;
 
 pub use checkpoints::Checkpoints;
 pub use devices::Devices;
 pub(crate) use messages::phase as wire_phase;
 pub use operations::OperationsService;
-pub use status::{DOMAIN, Refusal};
+pub use status::Refusal;
+pub use unread::UnreadLayer;
 
 use crate::core::Core;
 use crate::operation::Entry;
+use crate::reason::error_info;
 use crate::security::audit::{self, AuditResult};
 use crate::security::authorize::Caller;
 use crate::security::roles::Role;
 
 /// Who calls, by the verified certificate. The layer before has put it there.
 fn caller(extensions: &Extensions) -> Result<Caller, Status> {
-    extensions
-        .get::<Caller>()
-        .cloned()
-        .ok_or_else(|| Status::unauthenticated("the call has no verified caller"))
+    extensions.get::<Caller>().cloned().ok_or_else(|| {
+        let details = error_info(ErrorReason::CertificateRequired, HashMap::new());
+        Status::with_error_details(Code::Unauthenticated, "the call has no verified caller", details)
+    })
 }
 
 /// The spec that a request makes, or the field that is wrong.
@@ -91,7 +98,7 @@ fn own_entry(core: &Core, name: &OperationName, caller: &Caller) -> Result<Arc<E
 fn audit<T>(caller: &Caller, action: &str, resource: &str, done: &Result<T, Refusal>) {
     let result = match done {
         Ok(_) => AuditResult::Succeeded,
-        Err(refusal) => AuditResult::Failed { reason: refusal.reason() },
+        Err(refusal) => AuditResult::Failed { reason: refusal.reason().as_reason() },
     };
     audit::record(caller, action, resource, result);
 }

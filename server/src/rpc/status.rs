@@ -1,24 +1,26 @@
 //! The one place where a refusal becomes a gRPC status.
 //!
 //! `FAILED_PRECONDITION` means that trying again cannot help, `UNAVAILABLE` that it may, and then `RetryInfo` says when.
-//! `INVALID_ARGUMENT` names the field. Every status carries an `ErrorInfo` with a stable reason of the domain
-//! [`DOMAIN`].
+//! `INVALID_ARGUMENT` names the field. Every status carries an `ErrorInfo` with a stable reason, which is one of
+//! [`ErrorReason`]: those are documented where the author of a client looks, and there are no others.
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, PreconditionViolation, StatusExt};
+use tonic_types::{PreconditionViolation, StatusExt};
 use vfio_checkpoint_device::chain;
 use vfio_checkpoint_proto::domain::Invalid;
 use vfio_checkpoint_proto::ids::{DeviceName, OperationName};
+use vfio_checkpoint_proto::v1::ErrorReason;
 
 use crate::journal::JournalError;
 use crate::operation::Refused;
 use crate::operation::admission::Blocker;
-
-/// The domain of all reasons.
-pub const DOMAIN: &str = "vfio.checkpoint.v1";
+use crate::reason::error_info;
 
 /// When it makes sense to try again what may work later.
 const RETRY: Duration = Duration::from_secs(2);
@@ -91,7 +93,7 @@ pub enum Refusal {
         /// What it said.
         problem: String,
         /// Stable.
-        reason: &'static str,
+        reason: ErrorReason,
     },
     /// The caller lacks the role that the operation's kind takes.
     #[error("{operation} takes the role {role}")]
@@ -118,7 +120,7 @@ impl Refusal {
     }
 
     /// The stable reason.
-    pub fn reason(&self) -> &'static str {
+    pub fn reason(&self) -> ErrorReason {
         classify(self).1
     }
 }
@@ -138,7 +140,7 @@ impl From<Refusal> for Status {
     fn from(refusal: Refusal) -> Self {
         let message = refusal.to_string();
         let (code, reason) = classify(&refusal);
-        let mut details = ErrorDetails::with_error_info(reason, DOMAIN, metadata(&refusal));
+        let mut details = error_info(reason, metadata(&refusal));
         match &refusal {
             Refusal::Invalid(invalid) => {
                 details.add_bad_request_violation(invalid.field.clone(), invalid.problem.clone());
@@ -172,40 +174,40 @@ impl From<Refusal> for Status {
     }
 }
 
-fn classify(refusal: &Refusal) -> (Code, &'static str) {
+fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
     match refusal {
-        Refusal::Invalid(_) => (Code::InvalidArgument, "INVALID_FIELD"),
-        Refusal::PageToken => (Code::InvalidArgument, "INVALID_PAGE_TOKEN"),
-        Refusal::DeviceNotFound(_) => (Code::NotFound, "DEVICE_NOT_FOUND"),
-        Refusal::OperationNotFound(_) => (Code::NotFound, "OPERATION_NOT_FOUND"),
+        Refusal::Invalid(_) => (Code::InvalidArgument, ErrorReason::InvalidField),
+        Refusal::PageToken => (Code::InvalidArgument, ErrorReason::InvalidPageToken),
+        Refusal::DeviceNotFound(_) => (Code::NotFound, ErrorReason::DeviceNotFound),
+        Refusal::OperationNotFound(_) => (Code::NotFound, ErrorReason::OperationNotFound),
         Refusal::Blocked(blockers) if blockers.iter().all(Blocker::is_passing) => {
-            (Code::Unavailable, "BLOCKED")
+            (Code::Unavailable, ErrorReason::Blocked)
         }
-        Refusal::Blocked(_) => (Code::FailedPrecondition, "BLOCKED"),
+        Refusal::Blocked(_) => (Code::FailedPrecondition, ErrorReason::Blocked),
         Refusal::Operation { refused, .. } => (
             Code::FailedPrecondition,
             match refused {
-                Refused::Over => "OPERATION_OVER",
-                Refused::Undone => "OPERATION_UNDONE",
-                Refused::PastNoReturn { .. } => "PAST_NO_RETURN",
-                Refused::NotManual => "NOT_MANUAL",
-                Refused::NoHold => "NO_HOLD",
-                Refused::NotHeld { .. } => "NOT_HELD",
-                Refused::StreamTaken => "STREAM_TAKEN",
+                Refused::Over => ErrorReason::OperationOver,
+                Refused::Undone => ErrorReason::OperationUndone,
+                Refused::PastNoReturn { .. } => ErrorReason::PastNoReturn,
+                Refused::NotManual => ErrorReason::NotManual,
+                Refused::NoHold => ErrorReason::NoHold,
+                Refused::NotHeld { .. } => ErrorReason::NotHeld,
+                Refused::StreamTaken => ErrorReason::StreamTaken,
             },
         ),
-        Refusal::NotYours(_) => (Code::PermissionDenied, "NOT_YOUR_OPERATION"),
-        Refusal::NotYourLog(_) => (Code::PermissionDenied, "NOT_YOUR_DIRTY_LOG"),
-        Refusal::StreamRole { .. } => (Code::FailedPrecondition, "STREAM_ROLE"),
-        Refusal::StreamOpen(_) => (Code::InvalidArgument, "STREAM_OPEN"),
-        Refusal::NoCommonVersion(_) => (Code::FailedPrecondition, "NO_COMMON_VERSION"),
-        Refusal::RequestIdReused => (Code::AlreadyExists, "REQUEST_ID_REUSED"),
-        Refusal::ResetUnknown => (Code::FailedPrecondition, "RESET_UNKNOWN"),
-        Refusal::Journal(_) => (Code::Unavailable, "JOURNAL_FAILED"),
-        Refusal::Device { reason, .. } => (Code::FailedPrecondition, reason),
-        Refusal::RoleOfOperation { .. } => (Code::PermissionDenied, "ROLE_REQUIRED"),
-        Refusal::Died => (Code::Internal, "DEFECT"),
-        Refusal::ShuttingDown => (Code::Unavailable, "SHUTTING_DOWN"),
+        Refusal::NotYours(_) => (Code::PermissionDenied, ErrorReason::NotYourOperation),
+        Refusal::NotYourLog(_) => (Code::PermissionDenied, ErrorReason::NotYourDirtyLog),
+        Refusal::StreamRole { .. } => (Code::FailedPrecondition, ErrorReason::StreamRole),
+        Refusal::StreamOpen(_) => (Code::InvalidArgument, ErrorReason::StreamOpen),
+        Refusal::NoCommonVersion(_) => (Code::FailedPrecondition, ErrorReason::NoCommonVersion),
+        Refusal::RequestIdReused => (Code::AlreadyExists, ErrorReason::RequestIdReused),
+        Refusal::ResetUnknown => (Code::FailedPrecondition, ErrorReason::ResetUnknown),
+        Refusal::Journal(_) => (Code::Unavailable, ErrorReason::JournalFailed),
+        Refusal::Device { reason, .. } => (Code::FailedPrecondition, *reason),
+        Refusal::RoleOfOperation { .. } => (Code::PermissionDenied, ErrorReason::RoleRequired),
+        Refusal::Died => (Code::Internal, ErrorReason::Defect),
+        Refusal::ShuttingDown => (Code::Unavailable, ErrorReason::ShuttingDown),
     }
 }
 

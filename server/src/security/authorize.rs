@@ -18,24 +18,15 @@ use std::time::SystemTime;
 
 use futures_util::future::Either;
 use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic_types::StatusExt;
 use tower::{Layer, Service};
+use vfio_checkpoint_proto::v1::ErrorReason;
 
 use super::audit::{AuditLine, AuditResult};
 use super::identity::{Identity, PublicKeyHash};
 use super::peers::PeerInfo;
 use super::roles::{Decision, Effect, PolicyHandle, RoleSet, decide, join};
-
-/// The `ErrorInfo` domain of this service.
-pub const ERROR_DOMAIN: &str = "vfio.checkpoint.v1";
-/// The caller has none of the roles that would do.
-pub const ROLE_REQUIRED: &str = "ROLE_REQUIRED";
-/// No rule says who may call this method.
-pub const UNKNOWN_METHOD: &str = "UNKNOWN_METHOD";
-/// The request came over a connection without a verified certificate.
-pub const CERTIFICATE_REQUIRED: &str = "CERTIFICATE_REQUIRED";
-/// The certificate expired or was revoked after the connection was made.
-pub const CERTIFICATE_ENDED: &str = "CERTIFICATE_ENDED";
+use crate::reason::error_info;
 
 /// Who makes a request. In the extensions of every request that reaches a handler.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,19 +104,19 @@ fn gate(peer: Option<&PeerInfo>, path: &str, policy: &PolicyHandle) -> Result<Ca
         let time = SystemTime::now();
         AuditLine { time, caller, address, what: path, resource: None, result, request_id: None }.emit();
     };
-    let deny = |code, reason, message: String, metadata: HashMap<String, String>| {
-        line(AuditResult::Denied { reason });
-        let details = ErrorDetails::with_error_info(reason, ERROR_DOMAIN, metadata);
+    let deny = |code, reason: ErrorReason, message: String, metadata: HashMap<String, String>| {
+        line(AuditResult::Denied { reason: reason.as_reason() });
+        let details = error_info(reason, metadata);
         Err(Box::new(Status::with_error_details(code, message, details)))
     };
     let (Some(peer), Some(caller)) = (peer, &caller) else {
         let message = "a client certificate is required; connect with mutual TLS".to_owned();
-        return deny(Code::Unauthenticated, CERTIFICATE_REQUIRED, message, HashMap::new());
+        return deny(Code::Unauthenticated, ErrorReason::CertificateRequired, message, HashMap::new());
     };
     if let Some(reason) = peer.cut_reason() {
         let message =
             format!("the client certificate is no longer accepted ({reason}); connect with a new one");
-        return deny(Code::Unauthenticated, CERTIFICATE_ENDED, message, HashMap::new());
+        return deny(Code::Unauthenticated, ErrorReason::CertificateEnded, message, HashMap::new());
     }
     match decide(path, caller.roles) {
         Decision::Allowed(rule) => {
@@ -141,12 +132,17 @@ fn gate(peer: Option<&PeerInfo>, path: &str, policy: &PolicyHandle) -> Result<Ca
                 "{} may not call {path}: it needs one of the roles {roles}; ask an administrator for a grant",
                 caller.identity
             );
-            deny(Code::PermissionDenied, ROLE_REQUIRED, message, HashMap::from([("roles".to_owned(), roles)]))
+            deny(
+                Code::PermissionDenied,
+                ErrorReason::RoleRequired,
+                message,
+                HashMap::from([("roles".to_owned(), roles)]),
+            )
         }
         Decision::UnknownMethod => {
             let message =
                 "this agent knows no such method; compare the versions of client and agent".to_owned();
-            deny(Code::PermissionDenied, UNKNOWN_METHOD, message, HashMap::new())
+            deny(Code::PermissionDenied, ErrorReason::UnknownMethod, message, HashMap::new())
         }
     }
 }

@@ -19,9 +19,11 @@ use vfio_checkpoint_device::{ConfigCapture, InterruptKind, PciCommand, Rearm};
 use vfio_checkpoint_proto::domain::{
     self, ArmedInterrupts, ConfigSpaceCapture, Manifest, StreamLimits, StreamOpened,
 };
+use vfio_checkpoint_proto::frame::FrameError;
 use vfio_checkpoint_proto::ids::StreamId;
-use vfio_checkpoint_proto::v1::StreamMessage;
+use vfio_checkpoint_proto::stream::ProtocolError;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
+use vfio_checkpoint_proto::v1::{FailureReason, StreamMessage};
 use vfio_checkpoint_proto::version::Version;
 
 pub use sink::{SinkWatch, WireSink};
@@ -88,15 +90,18 @@ impl std::error::Error for Shared {
 }
 
 /// The stable reason of a failure of whoever gives or takes state; none where it is no failure of a stream.
-pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<FailureReason> {
     let shared = error.downcast_ref::<Shared>().map(|shared| &*shared.0);
     Some(match shared.or_else(|| error.downcast_ref::<TransferError>())? {
-        TransferError::Broken(_) => "STREAM_BROKEN",
-        TransferError::AbortedByPeer(_) => "ABORTED_BY_PEER",
-        TransferError::Protocol(_) => "STREAM_PROTOCOL",
-        TransferError::Idle(_) => "STREAM_IDLE",
-        TransferError::Lifetime(_) => "STREAM_LIFETIME",
-        TransferError::Changed { .. } => "SEAL_MISMATCH",
+        TransferError::Broken(_) => FailureReason::StreamBroken,
+        TransferError::AbortedByPeer(_) => FailureReason::AbortedByPeer,
+        TransferError::Changed { .. }
+        | TransferError::Protocol(ProtocolError::Frame(
+            FrameError::SealLength { .. } | FrameError::SealDigest { .. },
+        )) => FailureReason::SealMismatch,
+        TransferError::Protocol(_) => FailureReason::StreamProtocol,
+        TransferError::Idle(_) => FailureReason::StreamIdle,
+        TransferError::Lifetime(_) => FailureReason::StreamLifetime,
     })
 }
 

@@ -3,8 +3,11 @@
 #![allow(
     clippy::expect_used,
     clippy::unwrap_used,
+    clippy::panic,
     reason = "a test: the helpers outside #[test] functions assert by panicking, too"
 )]
+
+mod logs;
 
 use std::process::{Command, Output};
 

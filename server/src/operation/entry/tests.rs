@@ -63,6 +63,20 @@ fn what_is_being_undone_takes_no_cutover() {
 }
 
 #[test]
+fn what_was_cancelled_takes_neither_cutover_nor_resume_before_its_task_hears_of_it() {
+    let cancelled = |entry: Entry, phase| {
+        entry.change(|view| view.phase = phase);
+        entry.cancel(Cancel::ShuttingDown).unwrap();
+        entry
+    };
+    let entry = cancelled(save(true, AfterRecord::Resume), Phase::WaitingForCutover);
+    assert_eq!(entry.cutover(), Err(Refused::Undone));
+    let entry = cancelled(save(false, AfterRecord::Hold), Phase::Held);
+    assert_eq!(entry.resume(), Err(Refused::Undone));
+    assert!(!entry.signals.is_resumed());
+}
+
+#[test]
 fn past_the_point_of_no_return_there_is_nothing_to_cancel() {
     let entry = save(false, AfterRecord::Resume);
     entry.change(|view| {
