@@ -15,6 +15,8 @@ mod blockers;
 mod devices;
 mod dirty;
 mod ending;
+#[allow(dead_code, reason = "shared with the tests that kill agents")]
+mod faulty;
 mod flow;
 mod idempotency;
 mod lab;

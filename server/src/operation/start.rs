@@ -109,7 +109,7 @@ impl Core {
         }
         let span = run::span(self, &entry);
         let work = run::save(Arc::clone(self), Arc::clone(&entry), lease, terms, manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        self.tasks.spawn(work.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
     }
 
@@ -164,7 +164,7 @@ impl Core {
         }
         let span = run::span(self, &entry);
         let work = run::restore(Arc::clone(self), Arc::clone(&entry), lease, terms, spec.manifest, arrival);
-        tokio::spawn(work.instrument(span));
+        self.tasks.spawn(work.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
 

@@ -83,7 +83,7 @@ impl Core {
         }
         .instrument(span);
         if kept && waits {
-            tokio::spawn(work);
+            self.tasks.spawn(work);
         } else {
             work.await;
         }

@@ -15,6 +15,7 @@ mod status;
 use std::future::Future;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use tonic::{Extensions, Request, Status};
 use vfio_checkpoint_proto::domain::Invalid;
 use vfio_checkpoint_proto::ids::OperationName;
@@ -46,10 +47,17 @@ fn spec<W, S: TryFrom<W, Error = Invalid>>(wire: W) -> Result<S, Refusal> {
 
 /// Runs a change to its end, also where its caller hangs up meanwhile.
 async fn to_its_end<T: Send + 'static>(
+    core: &Core,
     change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
 ) -> Result<T, Refusal> {
     use tracing::Instrument as _;
-    tokio::spawn(change.in_current_span()).await.unwrap_or(Err(Refusal::Died))
+    let (tell, told) = oneshot::channel();
+    let work = async move {
+        // Nobody listens where the call was dropped.
+        let _ = tell.send(change.await);
+    };
+    core.tasks.spawn(work.in_current_span());
+    told.await.unwrap_or(Err(Refusal::Died))
 }
 
 /// The longest page in bytes: what every gRPC client takes, with room to spare.
