@@ -1,5 +1,8 @@
 //! How an operation begins: validated, unblocked, leased, recorded; in this order, and nothing is touched.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
