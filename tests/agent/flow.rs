@@ -124,6 +124,15 @@ impl Drop for Bench {
 
 /// A channel without the client library, for what that would never say.
 pub(crate) async fn channel(lab: &Lab, agent: &Agent, identity: &str) -> Channel {
+    try_channel(lab, agent, identity).await.unwrap()
+}
+
+/// The same where the agent may not let it in.
+pub(crate) async fn try_channel(
+    lab: &Lab,
+    agent: &Agent,
+    identity: &str,
+) -> Result<Channel, tonic::transport::Error> {
     let identity = Identity::Spiffe(identity.parse().unwrap());
     let issued = lab.ca.issue(&identity, &[], &[], validity()).unwrap();
     let authority = lab.ca.pem();
@@ -140,7 +149,7 @@ pub(crate) async fn channel(lab: &Lab, agent: &Agent, identity: &str) -> Channel
         }
     };
     let endpoint = Endpoint::from_static("http://agent.lab");
-    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await.unwrap()
+    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await
 }
 
 /// A save of these devices and nothing else said.

@@ -129,7 +129,7 @@ impl World {
         self.devices.insert(index, process);
     }
 
-    fn write_config(&self, names: &[String], with_holder: bool) {
+    pub(crate) fn write_config(&self, names: &[String], with_holder: bool) {
         let addresses: Vec<String> =
             (0..names.len()).map(|index| format!("vfio-user:{}", self.socket(index).display())).collect();
         let pairs: Vec<(&str, &str)> =
@@ -221,6 +221,16 @@ impl World {
     pub(crate) fn kill_agent(&mut self) {
         self.address = None;
         self.agent.take().expect("the agent runs").kill();
+    }
+
+    /// What the agent reads.
+    pub(crate) fn config(&self) -> AgentConfig {
+        AgentConfig::load(Some(&self.config), json!({})).unwrap()
+    }
+
+    /// A client of an agent in this process.
+    pub(crate) async fn client_of(&self, agent: &Agent) -> Client {
+        self.lab.client(agent, "admin").await
     }
 
     pub(crate) async fn client(&self) -> Client {
