@@ -223,6 +223,14 @@ impl World {
         self.agent.take().expect("the agent runs").kill();
     }
 
+    /// Takes the role of every client away, in the file. The agent finds out when it is told to read it again.
+    pub(crate) fn take_away_the_role(&self) {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let without = config.replace("spiffe://lab.test/admin/*", "spiffe://lab.test/another/*");
+        assert_ne!(without, config);
+        fs::write(&self.config, without).unwrap();
+    }
+
     /// What the agent reads.
     pub(crate) fn config(&self) -> AgentConfig {
         AgentConfig::load(Some(&self.config), json!({})).unwrap()
