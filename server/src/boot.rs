@@ -63,7 +63,7 @@ pub enum BootError {
     },
 }
 
-/// Brings an agent up to where it can be served. What it does in the background ends with the runtime.
+/// Brings an agent up to where it can be served. What it does in the background ends with its tasks.
 pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<Arc<Core>, BootError> {
     let (journal, recorded) = {
         let (folder, executor) = (config.node.state_dir.clone(), Arc::clone(&environment.executor));
@@ -152,10 +152,10 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
     join_all(core.registry.all().map(|slot| bring_back_unclaimed(&core, slot))).await;
     reached(format_args!("boot: done"));
 
-    tokio::spawn(retry_unavailable(Arc::clone(&core), opener, before));
-    tokio::spawn(forget_finished(Arc::clone(&core)));
+    core.tasks.spawn(retry_unavailable(Arc::clone(&core), opener, before));
+    core.tasks.spawn(forget_finished(Arc::clone(&core)));
     if let Some(keeper) = keeper {
-        tokio::spawn(keeper.look_after(core.environment.clone()));
+        core.tasks.spawn(keeper.look_after(core.environment.clone()));
     }
     Ok(core)
 }

@@ -1,9 +1,11 @@
 //! What every part of the agent works on: devices, operations, the journal, the configuration.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use vfio_checkpoint_device::chain;
 
 use crate::config::AgentConfig;
@@ -28,7 +30,41 @@ pub struct Core {
     pub operations: Operations,
     /// The holder that keeps its devices, where there is one.
     pub keeper: Option<Keeper>,
+    /// What runs on its behalf.
+    pub tasks: Tasks,
     ending: AtomicBool,
+    /// The last field, so that whoever sees it gone knows that the others are.
+    alive: watch::Sender<()>,
+}
+
+/// Tasks that must not outlive the agent: each may have devices and the journal.
+#[derive(Debug)]
+pub struct Tasks(Mutex<Option<JoinSet<()>>>);
+
+impl Default for Tasks {
+    fn default() -> Self {
+        Self(Mutex::new(Some(JoinSet::new())))
+    }
+}
+
+impl Tasks {
+    /// Starts one more. Where the agent has ended it never runs.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tasks) = &mut *tasks {
+            // What is over takes no room.
+            while tasks.try_join_next().is_some() {}
+            tasks.spawn(work);
+        }
+    }
+
+    /// Ends them where they are, and comes back once they are gone.
+    pub async fn end(&self) {
+        let tasks = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut tasks) = tasks {
+            tasks.shutdown().await;
+        }
+    }
 }
 
 impl Core {
@@ -41,7 +77,14 @@ impl Core {
         operations: Operations,
         keeper: Option<Keeper>,
     ) -> Self {
-        Self { config, environment, journal, registry, operations, keeper, ending: AtomicBool::new(false) }
+        let (tasks, ending, alive) = (Tasks::default(), AtomicBool::new(false), watch::Sender::new(()));
+        Self { config, environment, journal, registry, operations, keeper, tasks, ending, alive }
+    }
+
+    /// Ready once nobody has the agent any more, and what it had is closed.
+    pub fn gone(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut alive = self.alive.subscribe();
+        async move { while alive.changed().await.is_ok() {} }
     }
 
     /// Writes what has happened already, for as long as it takes: whoever waits for it keeps its devices leased.

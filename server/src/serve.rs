@@ -5,7 +5,7 @@
 //!                                                                 health, reflection
 //!   health_listen (plain) --------------------------------------> health, nothing else
 //!
-//!   stop: admit nothing, NOT_SERVING --> undo what runs, leave what is held --> close --> end
+//!   stop: admit nothing, NOT_SERVING --> undo what runs, leave what is held --> cut connections, end tasks --> close
 //! ```
 //! # Failure paths
 //! What is still under way when the grace is over is left to the agent's next start, which the journal and the holder
@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
@@ -97,6 +98,7 @@ pub struct Agent {
     reporter: HealthReporter,
     tls: TlsSource,
     policy: PolicyHandle,
+    peers: PeerRegistry,
     stop: watch::Sender<bool>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
     helpers: Vec<JoinHandle<()>>,
@@ -130,7 +132,7 @@ impl Agent {
             },
         );
         let limits = AcceptLimits { handshake_timeout: server.handshake_timeout, ..AcceptLimits::default() };
-        let listener = Listener::new(tcp, tls.clone(), peers, limits);
+        let listener = Listener::new(tcp, tls.clone(), peers.clone(), limits);
         let address =
             listener.local_addr().map_err(|source| ServeError::Listen { address: server.listen, source })?;
         let policy = PolicyHandle::new(Policy { grants: config.grants.clone() });
@@ -188,7 +190,7 @@ impl Agent {
             devices = config.devices.len(),
             "serving"
         );
-        Ok(Self { core, address, health_address, reporter, tls, policy, stop, serving, helpers })
+        Ok(Self { core, address, health_address, reporter, tls, policy, peers, stop, serving, helpers })
     }
 
     /// Where it is served.
@@ -211,9 +213,15 @@ impl Agent {
         &self.tls
     }
 
-    /// Who may do what.
-    pub fn policy(&self) -> &PolicyHandle {
-        &self.policy
+    /// Puts another policy in force. Whoever loses a role by it is cut off, in the middle of a stream; what it may do still
+    /// it does over a new connection. Returns how many connections that were.
+    pub fn set_policy(&self, policy: Policy) -> usize {
+        let (before, now) = (self.policy.current(), policy.clone());
+        // First, so that nobody who comes back comes back under the old one.
+        self.policy.replace(policy);
+        self.peers.cut("a role was taken away from the peer", |who| {
+            !now.roles_of(who).contains_all(before.roles_of(who))
+        })
     }
 
     /// Ready once the service has ended by itself, which it should not.
@@ -225,9 +233,10 @@ impl Agent {
     }
 
     /// Ends it: nothing is admitted any more, what runs is undone, what is held stays held where a holder keeps its
-    /// devices, and is undone where none does.
+    /// devices, and is undone where none does. When this returns its connections and tasks are over and its journal is
+    /// closed: another agent can begin.
     pub async fn stop(self) -> Result<(), ServeError> {
-        let Self { core, reporter, stop, mut serving, helpers, .. } = self;
+        let Self { core, reporter, peers, stop, mut serving, helpers, .. } = self;
         let grace = core.config.server.shutdown_grace;
         core.begin_ending();
         set_not_serving(&reporter).await;
@@ -237,6 +246,7 @@ impl Agent {
                 tracing::warn!("the grace is over; what is still under way is taken up at the next start");
             }
         }
+        clear_status(reporter).await;
         stop.send_replace(true);
         // Watchers and waiters may hold their calls for ever.
         let ended = tokio::select! {
@@ -249,12 +259,33 @@ impl Agent {
         for helper in helpers {
             helper.abort();
         }
+        peers.cut("the agent ends", |_| true);
+        core.tasks.end().await;
+        close(core).await;
         match ended {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(ServeError::Grpc(error)),
             Err(_) => Err(ServeError::Died),
         }
     }
+}
+
+/// Gives back what an agent has for itself alone: its journal and its holder.
+async fn close(core: Arc<Core>) {
+    let (journal, keeper, environment) =
+        (core.journal.clone(), core.keeper.clone(), core.environment.clone());
+    let gone = core.gone();
+    drop(core);
+    tokio::select! {
+        () = gone => {}
+        () = environment.sleep(LAST_CALLS) => {
+            tracing::warn!("a call is not over yet; until then the journal stays locked by this process");
+        }
+    }
+    if let Some(keeper) = keeper {
+        keeper.hang_up().await;
+    }
+    journal.settled().await;
 }
 
 /// How often certificates are read again, where nothing is configured.
@@ -307,6 +338,18 @@ async fn set_serving(reporter: &HealthReporter) {
     reporter.set_serving::<DeviceServiceServer<Devices>>().await;
     reporter.set_serving::<CheckpointServiceServer<Checkpoints>>().await;
     reporter.set_serving::<OperationServiceServer<OperationsService>>().await;
+}
+
+/// Ends the calls of those who watch it.
+async fn clear_status(mut reporter: HealthReporter) {
+    for service in [
+        "",
+        DeviceServiceServer::<Devices>::NAME,
+        CheckpointServiceServer::<Checkpoints>::NAME,
+        OperationServiceServer::<OperationsService>::NAME,
+    ] {
+        reporter.clear_service_status(service).await;
+    }
 }
 
 async fn set_not_serving(reporter: &HealthReporter) {

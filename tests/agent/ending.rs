@@ -17,10 +17,13 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::device_service_client::DeviceServiceClient;
 use vfio_checkpoint_server::security::identity::Identity;
 use vfio_checkpoint_server::security::lab::{LabCertificate, write_file};
+use vfio_checkpoint_server::security::roles::{Grant, Policy, Role};
 use vfio_checkpoint_server::serve::Agent;
 
+use crate::faulty::Faulty;
 use crate::flow::{
     Node, channel, device, done, failure, reached, refused, restore_into, save, save_of, soon, start_save,
+    take,
 };
 use crate::lab::{Lab, start, validity};
 
@@ -74,6 +77,54 @@ async fn a_revoked_caller_is_cut_off_and_what_it_streams_is_undone() {
     assert!(answer.is_err(), "it does not come back: {answer:?}");
     assert_eq!(device(&admin, "n0").await.state(), v1::MigrationState::Running);
     assert_eq!(save(&saver, &["n0"]).await.digests(), digests, "others go on");
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_loses_a_role_is_cut_off_and_nobody_else() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    let who = "spiffe://lab.test/team/left";
+    let grant = |role| Grant { who: who.parse().unwrap(), roles: vec![role] };
+    config.grants.push(grant(Role::Viewer));
+    let without = Policy { grants: config.grants.clone() };
+    config.grants.push(grant(Role::Saver));
+    let with = Policy { grants: config.grants.clone() };
+    let agent = start(config).await;
+    let (admin, saver) = (lab.client(&agent, "admin").await, lab.client(&agent, "saver").await);
+    let left = lab.client_named(&agent, who).await;
+    let request = v1::StartSaveRequest {
+        cutover: v1::CutoverMode::Manual.into(),
+        pre_copy: v1::PreCopyMode::Never.into(),
+        ..save_of(&["n0"])
+    };
+    let name = start_save(&left, request).await;
+    let TakeState { mut taker, .. } = TakeState::open(&left, &name.parse().unwrap()).await.unwrap();
+    let streaming = tokio::spawn(async move { while let Ok(Some(_)) = taker.next().await {} });
+    reached(&admin, &name, v1::OperationPhase::WaitingForCutover).await;
+    let mut watch = saver.watch_operation(v1::WatchOperationRequest { name: name.clone() }).await.unwrap();
+
+    assert_eq!(agent.set_policy(with), 0, "nobody loses a role by the same policy");
+    assert_eq!(agent.set_policy(without.clone()), 1);
+    let ended = done(&admin, &name).await;
+    assert_eq!(
+        (ended.result(), failure(&ended)),
+        (v1::OperationResult::Failed, "STREAM_BROKEN"),
+        "{ended:?}"
+    );
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved);
+    soon(streaming).await.unwrap();
+    // The watch of another goes on to its end, and what the one who left may do still it may.
+    let mut last = None;
+    while let Some(told) = soon(watch.next()).await.unwrap() {
+        last = told.operation;
+    }
+    assert!(last.unwrap().done);
+    let left = lab.client_named(&agent, who).await;
+    assert_eq!(device(&left, "n0").await.state(), v1::MigrationState::Running);
+    refused(left.start_save(save_of(&["n0"])).await, Code::PermissionDenied, "ROLE_REQUIRED");
+    assert_eq!(agent.set_policy(without), 0);
+    save(&saver, &["n0"]).await;
     agent.stop().await.unwrap();
 }
 
@@ -171,6 +222,54 @@ async fn a_stop_undoes_what_runs_and_says_first_that_it_does_not_serve() {
     assert_eq!(status(&mut watching).await, None, "then it is over");
     let answer = soon(saver.list_devices(v1::ListDevicesRequest::default())).await;
     assert!(answer.is_err(), "nobody is there any more");
+}
+
+/// In one process and one runtime, and with callers whose calls do not end by themselves.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_was_stopped_leaves_its_folder_to_the_next() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    config.server.health_listen = Some("127.0.0.1:0".parse().unwrap());
+    for _ in 0..2 {
+        let agent = start(config.clone()).await;
+        let saver = lab.client(&agent, "saver").await;
+        let request = v1::WatchDevicesRequest { names: vec!["devices/n0".to_owned()] };
+        let mut devices = saver.watch_devices(request).await.unwrap();
+        soon(devices.next()).await.unwrap().expect("it is there");
+        let mut plainly = HealthClient::new(plain(&agent).await).watch(check("")).await.unwrap().into_inner();
+        agent.stop().await.unwrap();
+        while let Ok(Some(_)) = soon(devices.next()).await {}
+        while let Ok(Some(_)) = soon(plainly.message()).await {}
+    }
+}
+
+/// What cannot be recorded cannot end. A stop leaves it as a kill does, and takes its task along.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operation_that_is_still_under_way_after_the_grace_does_not_hold_the_folder() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    config.server.shutdown_grace = Duration::from_millis(1);
+    let faulty = Faulty::new();
+    let agent = Agent::start(config.clone(), faulty.environment()).await.unwrap();
+    let saver = lab.client(&agent, "saver").await;
+    let name = start_save(&saver, save_of(&["n0"])).await;
+    faulty.break_lane("journal", 0);
+    take(&saver, &name).await;
+    faulty.lost(2).await;
+    // Somebody waits for its end, and would for an hour.
+    let waiting = tokio::spawn({
+        let (saver, name) = (saver.clone(), name.clone());
+        async move { saver.wait_operation(&name, Duration::from_hours(1)).await }
+    });
+    let mut watch = saver.watch_operation(v1::WatchOperationRequest { name: name.clone() }).await.unwrap();
+    soon(watch.next()).await.unwrap().expect("it is there");
+    agent.stop().await.unwrap();
+    assert!(soon(waiting).await.unwrap().is_err(), "nobody knows how it ends");
+
+    let agent = start(config).await;
+    let saver = lab.client(&agent, "saver").await;
+    assert_eq!(failure(&done(&saver, &name).await), "AGENT_RESTARTED");
+    agent.stop().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -187,13 +187,22 @@ pub(crate) async fn connection(lab: &Lab, agent: &Agent, identity: &str) -> TlsS
 
 /// A channel without the client library, for what that would never say.
 pub(crate) async fn channel(lab: &Lab, agent: &Agent, identity: &str) -> Channel {
+    try_channel(lab, agent, identity).await.unwrap()
+}
+
+/// The same where the agent may not let it in.
+pub(crate) async fn try_channel(
+    lab: &Lab,
+    agent: &Agent,
+    identity: &str,
+) -> Result<Channel, tonic::transport::Error> {
     let connect = connector(lab, agent, identity);
     let connect = move |_: tonic::transport::Uri| {
         let connecting = connect();
         async move { Ok::<_, io::Error>(TokioIo::new(connecting.await?)) }
     };
     let endpoint = Endpoint::from_static("http://agent.lab");
-    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await.unwrap()
+    soon(endpoint.connect_with_connector(tower::service_fn(connect))).await
 }
 
 fn connector(

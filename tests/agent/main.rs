@@ -15,6 +15,8 @@ mod blockers;
 mod devices;
 mod dirty;
 mod ending;
+#[allow(dead_code, reason = "shared with the tests that kill agents")]
+mod faulty;
 mod flow;
 mod idempotency;
 mod journal;
@@ -24,6 +26,8 @@ mod operations;
 mod reasons;
 mod restores;
 mod roles;
+mod rude;
 mod save_restore;
 mod saves;
 mod streams;
+mod unrecorded;

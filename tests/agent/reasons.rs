@@ -91,13 +91,14 @@ async fn a_caller_whose_role_was_taken_away_resumes_nothing() {
     let hold = v1::StartSaveRequest { after: v1::AfterSave::Hold.into(), ..save_of(&["n0"]) };
     let name = start_save(&saver, hold).await;
     // It may call Resume, but not of a save.
-    let before = agent.policy().current();
     let grant = Grant { who: "spiffe://lab.test/saver/*".parse().unwrap(), roles: vec![Role::Restorer] };
-    agent.policy().replace(Policy { grants: vec![grant] });
+    agent.set_policy(Policy { grants: vec![grant] });
+    let saver = lab.client(&agent, "saver").await;
     let resume = v1::ResumeRequest { operation: name.clone() };
     let refusal = refused(saver.resume(resume.clone()).await, Code::PermissionDenied, "ROLE_REQUIRED");
     assert!(refusal.message.contains("saver") && refusal.message.contains(&name), "{refusal}");
-    agent.policy().replace(Policy::clone(&before));
+    agent.set_policy(Policy { grants: agent.core().config.grants.clone() });
+    let saver = lab.client(&agent, "saver").await;
     refused(saver.resume(resume).await, Code::FailedPrecondition, "NOT_HELD");
     saver.cancel_operation(v1::CancelOperationRequest { name: name.clone() }).await.unwrap();
     assert_eq!(failure(&done(&saver, &name).await), "CANCELLED");

@@ -237,14 +237,7 @@ async fn a_damaged_stream_resets_its_device_and_never_runs_it() {
         let raw = channel(&lab, &agent, "spiffe://lab.test/restorer/test").await;
         let (sender, queue) = mpsc::channel(4);
         let say = |kind| v1::StreamStateRequest { message: Some(v1::StreamMessage { kind: Some(kind) }) };
-        let open = v1::StreamOpen {
-            operation: name.clone(),
-            role: v1::StreamRole::Giver.into(),
-            min_version: 1,
-            max_version: 1,
-            max_chunk_bytes: 0,
-        };
-        sender.send(say(Kind::Open(open))).await.unwrap();
+        sender.send(say(Kind::Open(giver_of(&name)))).await.unwrap();
         let mut client = CheckpointServiceClient::new(raw);
         let mut answers = soon(client.stream_state(ReceiverStream::new(queue))).await.unwrap().into_inner();
         let first = soon(answers.message()).await.unwrap().unwrap();
@@ -272,6 +265,51 @@ async fn a_damaged_stream_resets_its_device_and_never_runs_it() {
         let target = device(&restorer, "target").await;
         assert_eq!((target.state(), target.operation.as_str()), (v1::MigrationState::Running, ""));
         agent.stop().await.unwrap();
+    }
+}
+
+/// It heard that all was taken, and is gone with its connection at once. What was verified and written runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_giver_that_is_gone_after_the_last_ack_takes_nothing_back() {
+    let (lab, agent, bench, saved, restorer) = bench(&[]).await;
+    let name = start_restore(&restorer, restore_into(&["target"], &saved)).await;
+    let giving = async {
+        let raw = channel(&lab, &agent, "spiffe://lab.test/restorer/test").await;
+        let (sender, queue) = mpsc::channel(4);
+        let mut client = CheckpointServiceClient::new(raw);
+        let say = |kind| v1::StreamStateRequest { message: Some(v1::StreamMessage { kind: Some(kind) }) };
+        sender.send(say(Kind::Open(giver_of(&name)))).await.unwrap();
+        let mut answers = soon(client.stream_state(ReceiverStream::new(queue))).await.unwrap().into_inner();
+        let first = soon(answers.message()).await.unwrap().unwrap();
+        let Some(Kind::Opened(opened)) = first.message.unwrap().kind else { panic!("not opened") };
+        for kind in frames(&StreamOpened::try_from(opened).unwrap(), &saved) {
+            sender.send(say(kind)).await.unwrap();
+        }
+        loop {
+            let answer = soon(answers.message()).await.unwrap().expect("no last Ack");
+            if let Some(Kind::Ack(v1::StreamAck { complete: true, .. })) = answer.message.unwrap().kind {
+                return (sender, client, answers);
+            }
+        }
+    };
+    // The connection is on a runtime of its own, and ends with that, without a word.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let open = tokio::task::block_in_place(|| runtime.block_on(giving));
+    runtime.shutdown_background();
+    let ended = done(&restorer, &name).await;
+    assert_eq!((ended.result(), failure(&ended)), (v1::OperationResult::Succeeded, ""), "{ended:?}");
+    assert_eq!((bench.device.state(), bench.device.resets()), (State::Running, 0));
+    drop(open);
+    agent.stop().await.unwrap();
+}
+
+fn giver_of(operation: &str) -> v1::StreamOpen {
+    v1::StreamOpen {
+        operation: operation.to_owned(),
+        role: v1::StreamRole::Giver.into(),
+        min_version: 1,
+        max_version: 1,
+        max_chunk_bytes: 0,
     }
 }
 

@@ -108,11 +108,13 @@ async fn a_stream_that_is_not_opened_as_it_should_be_is_refused() {
     refusal(begin(&raw_restorer, Some(Kind::Open(takes))).await, Code::FailedPrecondition, "STREAM_ROLE");
 
     // A grant that was taken away meanwhile: the identity may stream, but no saves.
-    let before = agent.policy().current();
     let grant = Grant { who: "spiffe://lab.test/saver/*".parse().unwrap(), roles: vec![Role::Restorer] };
-    agent.policy().replace(Policy { grants: vec![grant] });
+    assert!(agent.set_policy(Policy { grants: vec![grant] }) > 1, "raw and the saver's own");
+    let raw = channel(&lab, &agent, "spiffe://lab.test/saver/test").await;
     refusal(begin(&raw, Some(Kind::Open(taker()))).await, Code::PermissionDenied, "ROLE_REQUIRED");
-    agent.policy().replace(Policy::clone(&before));
+    agent.set_policy(Policy { grants: agent.core().config.grants.clone() });
+    let raw = channel(&lab, &agent, "spiffe://lab.test/saver/test").await;
+    let saver = lab.client(&agent, "saver").await;
 
     // None of that took the stream's place.
     let (open, _answers) = begin(&raw, Some(Kind::Open(taker()))).await.unwrap();

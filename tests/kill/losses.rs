@@ -1,5 +1,6 @@
 //! The agent is killed, and something else is lost: the holder, a device process, or the time.
 
+use serde_json::Value;
 use vfio_checkpoint_proto::v1;
 
 use crate::every::{check, kill_at, state_lost};
@@ -158,4 +159,29 @@ async fn half_of_a_set_is_not_the_set() {
         assert_eq!(world.contents(&client).await, [content, Content::Fresh]);
     }
     figure("2 sets of which half was lost: failed, and the other half runs");
+}
+
+/// A device that is taken out of the configuration stays with the holder, and the agent says so, and what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kept_device_that_is_not_configured_any_more_is_named() {
+    let mut world = World::new(2, true).await;
+    let names = ["nic0", "nic1"].map(str::to_owned);
+    world.kill_agent();
+    world.write_config(&names[..1], true);
+    world.launch("");
+    let told = world.agent().wait_for("what is not configured", |line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let message = line["fields"]["message"].as_str()?.to_owned();
+        message.contains("it is not configured").then(|| (line["fields"]["device"].clone(), message))
+    });
+    let (device, message) = told.await;
+    assert_eq!(device, "nic1");
+    assert!(message.contains("until it is configured by this name again or the holder ends"), "{message}");
+    world.served().await;
+    world.kill_agent();
+    world.write_config(&names, true);
+    world.start().await;
+    let client = world.client().await;
+    assert_eq!(world.contents(&client).await, [Content::Own; 2], "it was left alone");
+    figure("1 device that was not configured any more: named, kept, and adopted by a later agent");
 }

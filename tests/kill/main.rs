@@ -9,6 +9,8 @@
 //!   recovery.rs  the agent is killed once more, while it recovers
 //!   losses.rs    the holder, a device process or the time is lost as well
 //!   failing.rs   devices that fail on their way to RUNNING
+//!   resets.rs    the agent is killed while it resets a device
+//!   here.rs      the next agent is in this process, and not all that it works with works
 //!   programs.rs  the programs themselves
 //! ```
 //! Agent and holder are this very test program in processes of their own, so that they are built as the test is, with the
@@ -30,6 +32,10 @@
 
 mod every;
 mod failing;
+#[path = "../agent/faulty.rs"]
+#[allow(dead_code, reason = "shared with the tests of agents in this process")]
+mod faulty;
+mod here;
 mod job;
 #[path = "../agent/lab.rs"]
 #[allow(dead_code, reason = "shared with the tests of agents in this process")]
@@ -38,6 +44,7 @@ mod losses;
 mod process;
 mod programs;
 mod recovery;
+mod resets;
 mod steps;
 mod world;
 

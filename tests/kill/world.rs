@@ -129,7 +129,7 @@ impl World {
         self.devices.insert(index, process);
     }
 
-    fn write_config(&self, names: &[String], with_holder: bool) {
+    pub(crate) fn write_config(&self, names: &[String], with_holder: bool) {
         let addresses: Vec<String> =
             (0..names.len()).map(|index| format!("vfio-user:{}", self.socket(index).display())).collect();
         let pairs: Vec<(&str, &str)> =
@@ -221,6 +221,24 @@ impl World {
     pub(crate) fn kill_agent(&mut self) {
         self.address = None;
         self.agent.take().expect("the agent runs").kill();
+    }
+
+    /// Takes the role of every client away, in the file. The agent finds out when it is told to read it again.
+    pub(crate) fn take_away_the_role(&self) {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let without = config.replace("spiffe://lab.test/admin/*", "spiffe://lab.test/another/*");
+        assert_ne!(without, config);
+        fs::write(&self.config, without).unwrap();
+    }
+
+    /// What the agent reads.
+    pub(crate) fn config(&self) -> AgentConfig {
+        AgentConfig::load(Some(&self.config), json!({})).unwrap()
+    }
+
+    /// A client of an agent in this process.
+    pub(crate) async fn client_of(&self, agent: &Agent) -> Client {
+        self.lab.client(agent, "admin").await
     }
 
     pub(crate) async fn client(&self) -> Client {

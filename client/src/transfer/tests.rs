@@ -176,6 +176,54 @@ async fn a_taker_that_aborts_or_is_gone_at_any_frame_is_heard() {
     }
 }
 
+/// How a giver ends that was told that all was taken.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum End {
+    Gone,
+    Silent,
+    Aborts,
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_giver_that_is_gone_or_silent_once_all_was_taken_takes_nothing_back() {
+    for (end, wait_secs) in [(End::Gone, 0), (End::Silent, 2), (End::Aborts, 0)] {
+        let (link, mut wire) = wire();
+        let mut taker = Taker::new(link, terms());
+        let mut framer = Framer::new(terms().stream, terms().devices, &terms().limits);
+        for device in 0..terms().devices {
+            let mut all: Vec<_> = framer.chunk(device, state(device, 0)).unwrap().collect();
+            all.push(framer.seal(device, None).unwrap().0);
+            for frame in all {
+                let message = StreamMessage { kind: Some(Kind::Frame(frame)) };
+                wire.send.send(Ok(message)).await.unwrap();
+                taker.next().await.unwrap().unwrap();
+            }
+        }
+        assert!(taker.next().await.unwrap().is_none());
+        let begin = tokio::time::Instant::now();
+        let peer = async {
+            while let Some(Kind::Ack(ack)) = wire.receive.recv().await.unwrap().kind {
+                if ack.complete {
+                    break;
+                }
+            }
+            let abort = StreamMessage { kind: Some(Kind::Abort(StreamAbort { reason: "no".to_owned() })) };
+            match end {
+                End::Gone => wire.send.send(Err(LinkError::ended("it was reset"))).await.unwrap(),
+                End::Silent => {}
+                End::Aborts => wire.send.send(Ok(abort)).await.unwrap(),
+            }
+            wire
+        };
+        let (completed, _open) = tokio::join!(taker.complete(), peer);
+        match completed {
+            Ok(()) => assert_ne!(end, End::Aborts),
+            Err(error) => assert!(end == End::Aborts, "{end:?}: {error}"),
+        }
+        assert_eq!(begin.elapsed().as_secs(), wait_secs, "{end:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_connection_that_fails_is_told_with_its_cause() {
     for is_giver in [true, false] {

@@ -298,6 +298,14 @@ impl Journal {
         }));
         answered.await.unwrap_or(Err(JournalError::Died))
     }
+
+    /// Ready once every commit before has come to its end, also where nobody waits for it any more.
+    pub async fn settled(&self) {
+        let (answer, answered) = oneshot::channel::<()>();
+        self.shared.lane.submit(Box::new(move || drop(answer)));
+        // The end of it is the answer, also where the thread died.
+        let _ = answered.await;
+    }
 }
 
 fn rows<T: DeserializeOwned>(

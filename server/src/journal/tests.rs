@@ -203,3 +203,23 @@ fn a_key_is_read_as_it_was_written() {
     assert_eq!(RequestKey::parse(&key.text()), Some(key));
     assert_eq!(RequestKey::parse("no line break"), None);
 }
+
+/// A commit that nobody waits for any more is under way: the file is its, too.
+#[tokio::test]
+async fn what_is_settled_can_be_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = Journal::open(folder.path(), &Threads::new()).unwrap();
+    let (go_on, told) = std::sync::mpsc::channel::<()>();
+    journal.shared.lane.submit(Box::new(move || told.recv().unwrap()));
+    let mut commit =
+        Box::pin(journal.commit(vec![Change::Operation(Box::new(operation(1, RecordedStep::Begun)))]));
+    assert!(futures_util::poll!(&mut commit).is_pending());
+    drop(commit);
+    let mut settled = Box::pin(journal.settled());
+    assert!(futures_util::poll!(&mut settled).is_pending(), "the commit has not come to its end");
+    go_on.send(()).unwrap();
+    settled.await;
+    drop(journal);
+    let again = Journal::open(folder.path(), &Threads::new()).expect("nobody has it");
+    assert_eq!(again.load().unwrap().operations.len(), 1);
+}

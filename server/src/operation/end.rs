@@ -36,6 +36,8 @@ pub(super) struct End {
     rate_bytes_per_second: Option<u64>,
     /// The devices whose state is gone, where it is not that of all.
     lost: Option<Vec<DeviceName>>,
+    /// The devices that were reset, and so run, where the others stay stopped.
+    reset: Vec<DeviceName>,
 }
 
 impl End {
@@ -52,6 +54,7 @@ impl End {
             left_stopped: false,
             rate_bytes_per_second: None,
             lost: None,
+            reset: Vec::new(),
         }
     }
 
@@ -107,7 +110,7 @@ impl End {
                 rate_bytes_per_second: self.rate_bytes_per_second.or(before.rate_bytes_per_second),
                 // Also of one that hangs: after a restart of the agent it answers, and is where nobody knows.
                 quarantined: before.quarantined || self.quarantined.contains(slot.name()),
-                left_stopped: self.left_stopped,
+                left_stopped: self.left_stopped && !self.reset.contains(slot.name()),
             };
             if record != before {
                 changes.push(Change::Device(slot.name().clone(), record));
@@ -322,10 +325,12 @@ fn name_of(lease: &Lease, device: &Identity) -> Option<DeviceName> {
         .next()
 }
 
-/// The agent was restarted, and devices of the operation could not be kept open meanwhile: they were reset.
+/// The agent was restarted, and devices of the operation could not be kept open meanwhile: they were reset, or are not
+/// there.
 pub(super) fn not_kept(
     entry: &Entry,
     lost: Vec<DeviceName>,
+    reset: Vec<DeviceName>,
     quarantined: Vec<DeviceName>,
     step: &RecordedStep,
 ) -> End {
@@ -341,6 +346,7 @@ pub(super) fn not_kept(
     );
     end.left_stopped = *step == RecordedStep::Stopped;
     end.lost = Some(lost);
+    end.reset = reset;
     end.quarantined = quarantined;
     // Sealed before the agent ended: what was saved is whole, and may be the only copy.
     end.consistency = match (entry.fixed.job, step) {

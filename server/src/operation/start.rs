@@ -1,5 +1,8 @@
 //! How an operation begins: validated, unblocked, leased, recorded; in this order, and nothing is touched.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,7 +113,7 @@ impl Core {
         let span = run::span(self, &entry);
         let work = run::Work::Save(terms);
         let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, arrival);
-        tokio::spawn(running.instrument(span));
+        self.tasks.spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
     }
 
@@ -166,7 +169,7 @@ impl Core {
         let span = run::span(self, &entry);
         let work = run::Work::Restore(terms);
         let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, spec.manifest, arrival);
-        tokio::spawn(running.instrument(span));
+        self.tasks.spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
 

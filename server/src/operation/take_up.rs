@@ -83,7 +83,7 @@ impl Core {
         }
         .instrument(span);
         if kept && waits {
-            tokio::spawn(work);
+            self.tasks.spawn(work);
         } else {
             work.await;
         }
@@ -189,10 +189,15 @@ async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[
             | RecordedStep::Ended(_),
         ) => Role::Destination,
     };
-    let (mut lost, mut quarantined) = (Vec::new(), Vec::new());
+    let (mut lost, mut reset, mut quarantined) = (Vec::new(), Vec::new(), Vec::new());
     for (slot, how) in lease.slots().iter().zip(arrived) {
         match how {
-            Arrived::Opened | Arrived::Not => lost.push(slot.name().clone()),
+            Arrived::Opened => {
+                lost.push(slot.name().clone());
+                reset.push(slot.name().clone());
+            }
+            // The holder may have it still, as it was.
+            Arrived::Not => lost.push(slot.name().clone()),
             // It stays stopped as was asked for: its checkpoint may run elsewhere.
             Arrived::Adopted if *step == RecordedStep::Stopped => {}
             Arrived::Adopted => {
@@ -205,7 +210,7 @@ async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[
             }
         }
     }
-    end::not_kept(entry, lost, quarantined, step)
+    end::not_kept(entry, lost, reset, quarantined, step)
 }
 
 /// What a taken-up operation has in place of a stream: nothing comes and nothing goes.

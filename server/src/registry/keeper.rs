@@ -138,6 +138,16 @@ impl Keeper {
         .await
     }
 
+    /// Hangs up, so that another agent can have the holder. What it keeps it keeps.
+    pub async fn hang_up(&self) {
+        let hung_up = self.run(|shared| {
+            shared.client = None;
+            Ok(())
+        });
+        // A thread that died has hung up.
+        let _ = hung_up.await;
+    }
+
     /// Looks after the holder for as long as the agent lives.
     pub async fn look_after(self, environment: Environment) {
         let mut lost = false;

@@ -143,7 +143,7 @@ impl CheckpointService for Checkpoints {
             let spec: SaveRequestSpec = spec(wire)?;
             let starter = starter(&caller, spec.request_id.clone(), digest);
             let core = Arc::clone(&self.core);
-            to_its_end(async move { core.start_save(spec, starter).await }).await
+            to_its_end(&self.core.tasks, async move { core.start_save(spec, starter).await }).await
         }
         .await;
         if !validated {
@@ -182,7 +182,7 @@ impl CheckpointService for Checkpoints {
             let spec: RestoreSpec = spec(wire)?;
             let starter = starter(&caller, spec.request_id.clone(), digest);
             let core = Arc::clone(&self.core);
-            to_its_end(async move { core.start_restore(spec, starter).await }).await
+            to_its_end(&self.core.tasks, async move { core.start_restore(spec, starter).await }).await
         }
         .await;
         if !validated {

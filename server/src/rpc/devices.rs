@@ -283,7 +283,7 @@ impl DeviceService for Devices {
         join_all(slots.iter().map(|slot| slot.refresh())).await;
         let mut changes = self.core.registry.changes();
         let (tell, told) = tokio::sync::mpsc::channel(1);
-        tokio::spawn(async move {
+        self.core.tasks.spawn(async move {
             let mut seen: BTreeMap<DeviceName, u64> = BTreeMap::new();
             loop {
                 changes.mark_unchanged();
@@ -316,7 +316,7 @@ impl DeviceService for Devices {
             let digest = body_digest(&wire);
             let spec: ResetSpec = spec(wire)?;
             let (core, who) = (Arc::clone(&self.core), caller.identity.to_string());
-            to_its_end(async move { core.reset(spec, who, digest).await }).await
+            to_its_end(&self.core.tasks, async move { core.reset(spec, who, digest).await }).await
         }
         .await;
         if !validated {

@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 
+use tokio::sync::oneshot;
 use tonic::{Code, Extensions, Request, Status};
 use tonic_types::StatusExt as _;
 use vfio_checkpoint_proto::domain::Invalid;
@@ -31,7 +32,7 @@ pub use operations::OperationsService;
 pub use status::Refusal;
 pub use unread::UnreadLayer;
 
-use crate::core::Core;
+use crate::core::{Core, Tasks};
 use crate::operation::Entry;
 use crate::reason::error_info;
 use crate::security::audit::{self, AuditResult};
@@ -53,10 +54,17 @@ fn spec<W, S: TryFrom<W, Error = Invalid>>(wire: W) -> Result<S, Refusal> {
 
 /// Runs a change to its end, also where its caller hangs up meanwhile.
 async fn to_its_end<T: Send + 'static>(
+    tasks: &Tasks,
     change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
 ) -> Result<T, Refusal> {
     use tracing::Instrument as _;
-    tokio::spawn(change.in_current_span()).await.unwrap_or(Err(Refusal::Died))
+    let (tell, told) = oneshot::channel();
+    let work = async move {
+        // Nobody listens where the call was dropped.
+        let _ = tell.send(change.await);
+    };
+    tasks.spawn(work.in_current_span());
+    told.await.unwrap_or(Err(Refusal::Died))
 }
 
 /// The longest page in bytes: what every gRPC client takes, with room to spare.

@@ -6,6 +6,7 @@
 //!   a date in a chain passes --+
 //!   a revocation list ends   --+--> enforce: verify every chain again -> cut those that fail
 //!   a new set is in force    --+
+//!   a grant is taken away, or the agent ends ------------------------> cut those it is about
 //! ```
 //!
 //! A handshake's verdict holds for its moment only; streams run for hours. So the verdict is asked for again,
@@ -32,7 +33,7 @@ use tokio::sync::{Notify, watch};
 use tracing::{error, warn};
 
 use super::clock::Clock;
-use super::identity::{IdentityError, PeerCertificate, validity_of};
+use super::identity::{Identity, IdentityError, PeerCertificate, validity_of};
 use super::reload::TlsSource;
 
 /// How many connections there may be.
@@ -118,8 +119,28 @@ struct Entry {
     chain: Arc<[CertificateDer<'static>]>,
     /// The first second after each certificate of the chain.
     ends: Vec<UnixTime>,
+    /// When the chain was found good last.
+    verified_at: UnixTime,
     address: SocketAddr,
     cut: watch::Sender<Option<CutReason>>,
+}
+
+impl Entry {
+    /// Ends the connection, unless it was ended before.
+    fn end(&self, reason: &str) -> bool {
+        let ended = self.cut.send_if_modified(|cut| {
+            let first = cut.is_none();
+            cut.get_or_insert_with(|| CutReason(reason.to_owned()));
+            first
+        });
+        if ended {
+            warn!(
+                who = %self.certificate.identity, serial = %self.certificate.serial, address = %self.address,
+                reason, "connection ended"
+            );
+        }
+        ended
+    }
 }
 
 #[derive(Default)]
@@ -167,7 +188,7 @@ impl PeerRegistry {
         let weak = Arc::downgrade(&registry.0);
         tokio::spawn(async move {
             loop {
-                let deadline = match next_deadline(&weak, &*clock) {
+                let deadline = match next_deadline(&weak) {
                     NextDeadline::At(time) => Some(time),
                     NextDeadline::Never => None,
                     NextDeadline::RegistryGone => return,
@@ -215,6 +236,7 @@ impl PeerRegistry {
             .filter_map(|certificate| validity_of(certificate).ok())
             .map(|(_, not_after)| after(not_after))
             .collect();
+        let now = self.0.source.clock().now();
         let (cut, cut_seen) = watch::channel(None);
         let chain: Arc<[_]> = chain.into();
         let info = PeerInfo { certificate: Arc::clone(&certificate), address, cut: cut_seen };
@@ -232,12 +254,14 @@ impl PeerRegistry {
             }
             let id = table.next_id;
             table.next_id += 1;
-            table.entries.insert(id, Entry { certificate, chain: Arc::clone(&chain), ends, address, cut });
+            let entry =
+                Entry { certificate, chain: Arc::clone(&chain), ends, verified_at: now, address, cut };
+            table.entries.insert(id, entry);
             id
         };
         let guard = ConnectionGuard { registry: self.clone(), id, info };
         // After it was entered, never before: see the invariants.
-        self.verify(&chain).map_err(|source| RefusedPeer::NoLongerVerifies { source })?;
+        self.verify(&chain, now).map_err(|source| RefusedPeer::NoLongerVerifies { source })?;
         self.0.changed.notify_one();
         Ok(guard)
     }
@@ -248,27 +272,30 @@ impl PeerRegistry {
             self.table().entries.iter().map(|(id, entry)| (*id, Arc::clone(&entry.chain))).collect();
         let mut ended = 0;
         for (id, chain) in chains {
-            let Err(refused) = self.verify(&chain) else { continue };
-            if let Some(entry) = self.table().entries.get(&id)
-                && entry.cut.send_if_modified(|cut| {
-                    let first = cut.is_none();
-                    cut.get_or_insert_with(|| CutReason(refused.to_string()));
-                    first
-                })
-            {
-                ended += 1;
-                warn!(
-                    who = %entry.certificate.identity, serial = %entry.certificate.serial,
-                    address = %entry.address, reason = %refused,
-                    "connection ended: the peer's certificate no longer verifies"
-                );
+            let now = self.0.source.clock().now();
+            let verified = self.verify(&chain, now);
+            let mut table = self.table();
+            let Some(entry) = table.entries.get_mut(&id) else { continue };
+            match verified {
+                Ok(()) => entry.verified_at = now,
+                Err(refused) => {
+                    let reason = format!("the peer's certificate no longer verifies: {refused}");
+                    ended += usize::from(entry.end(&reason));
+                }
             }
         }
         ended
     }
 
-    fn verify(&self, chain: &[CertificateDer<'_>]) -> Result<(), rustls::Error> {
-        self.0.source.current().material.verify_peer(chain, self.0.source.clock().now())
+    /// Ends every connection of the identities that `whose` names. Returns how many it ended.
+    pub fn cut(&self, reason: &str, whose: impl Fn(&Identity) -> bool) -> usize {
+        let table = self.table();
+        let ended = table.entries.values().filter(|entry| whose(&entry.certificate.identity));
+        ended.filter(|entry| entry.end(reason)).count()
+    }
+
+    fn verify(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> Result<(), rustls::Error> {
+        self.0.source.current().material.verify_peer(chain, now)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -289,14 +316,18 @@ enum NextDeadline {
     RegistryGone,
 }
 
-fn next_deadline(weak: &Weak<Inner>, clock: &dyn Clock) -> NextDeadline {
+/// The first end that a live connection was not verified after. It may have passed already: between a handshake, or the
+/// last verification, and now.
+fn next_deadline(weak: &Weak<Inner>) -> NextDeadline {
     let Some(inner) = weak.upgrade() else { return NextDeadline::RegistryGone };
-    let now = clock.now();
     let lists_end = inner.source.current().material.crl_next_update();
     let table = inner.table.lock().unwrap_or_else(PoisonError::into_inner);
     let live = table.entries.values().filter(|entry| entry.cut.borrow().is_none());
-    let ends = live.flat_map(|entry| entry.ends.iter().copied());
-    ends.chain(lists_end).filter(|end| *end > now).min().map_or(NextDeadline::Never, NextDeadline::At)
+    let ends = live.flat_map(|entry| {
+        let ends = entry.ends.iter().copied().chain(lists_end);
+        ends.filter(|end| *end > entry.verified_at)
+    });
+    ends.min().map_or(NextDeadline::Never, NextDeadline::At)
 }
 
 async fn until(clock: &dyn Clock, deadline: Option<UnixTime>) {

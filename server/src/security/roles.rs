@@ -86,6 +86,11 @@ impl RoleSet {
         self.0 == 0
     }
 
+    /// Whether every role of `other` is in it.
+    pub fn contains_all(self, other: RoleSet) -> bool {
+        other.0 & !self.0 == 0
+    }
+
     /// Its roles, in order.
     pub fn iter(self) -> impl Iterator<Item = Role> {
         Role::ALL.into_iter().filter(move |role| self.contains(*role))
@@ -253,7 +258,8 @@ impl Policy {
     }
 }
 
-/// The policy in force; a new one takes effect with the next request.
+/// The policy in force; a new one takes effect with the next request. Requests that are under way go on: who replaces it
+/// ends the connections of those who lost a role.
 #[derive(Debug, Clone, Default)]
 pub struct PolicyHandle(Arc<RwLock<Arc<Policy>>>);
 

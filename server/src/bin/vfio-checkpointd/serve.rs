@@ -102,8 +102,9 @@ async fn reload(arguments: &Serve, agent: &Agent) {
     let _ = agent.tls().reload().await;
     match load(arguments) {
         Ok(config) => {
-            tracing::info!(grants = config.grants.len(), "grants read again");
-            agent.policy().replace(Policy { grants: config.grants });
+            let grants = config.grants.len();
+            let cut_off = agent.set_policy(Policy { grants: config.grants });
+            tracing::info!(grants, cut_off, "grants read again");
         }
         Err(error) => tracing::error!(%error, "the configuration is refused; the old grants stay in force"),
     }

@@ -4,6 +4,7 @@
 //! panics, and there is none on purpose. What stands for it there is this map, and `to_its_end`.
 
 use super::*;
+use crate::core::Tasks;
 use crate::operation::Phase;
 
 fn device() -> DeviceName {
@@ -136,8 +137,9 @@ fn what_may_pass_by_itself_is_worth_another_try_only_where_all_of_it_may() {
 
 #[tokio::test]
 async fn work_that_panics_is_told_as_a_defect_and_ends_nothing_else() {
-    let died = super::super::to_its_end::<()>(async { panic!("on purpose") }).await.unwrap_err();
+    let tasks = Tasks::default();
+    let died = super::super::to_its_end::<()>(&tasks, async { panic!("on purpose") }).await.unwrap_err();
     assert_eq!(died.reason(), ErrorReason::Defect);
-    let lives = super::super::to_its_end(async { Ok(7) }).await.unwrap();
+    let lives = super::super::to_its_end(&tasks, async { Ok(7) }).await.unwrap();
     assert_eq!(lives, 7);
 }

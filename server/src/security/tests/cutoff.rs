@@ -94,6 +94,20 @@ async fn a_peer_is_cut_off_when_its_certificate_expires() {
     talks(&mut kept).await;
 }
 
+/// Nothing is awaited between the two seconds, so whoever enforces looks for the first time when the end has passed.
+#[tokio::test]
+async fn an_end_that_has_passed_before_anybody_looks_is_an_end() {
+    let world = World::new();
+    let registry = PeerRegistry::start(world.source.clone(), PeerLimits::default());
+    let short = world.ca.issue(&spiffe("/short"), &[], &[], from_to(0, 100)).unwrap();
+    world.clock.set(100);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+    let guard = registry.register(vec![short.der.clone()], address).expect("good for one more second");
+    world.clock.set(101);
+    let reason = soon(guard.cut()).await.to_string();
+    assert!(reason.contains("expired"), "{reason}");
+}
+
 #[tokio::test]
 async fn without_a_current_revocation_list_nobody_stays() {
     let world = World::with_crl();
