@@ -19,10 +19,11 @@ use std::process::Command;
 use serde_json::Value;
 
 /// For each crate of the workspace: the workspace crates it may depend on.
-const ALLOWED: [(&str, &[&str]); 7] = [
+const ALLOWED: [(&str, &[&str]); 8] = [
     ("vfio-checkpoint-seal", &[]),
     ("vfio-checkpoint-fsm", &[]),
     ("vfio-checkpoint-device", &["vfio-checkpoint-fsm", "vfio-checkpoint-seal"]),
+    ("vfio-checkpoint-store", &["vfio-checkpoint-seal"]),
     ("vfio-checkpoint-proto", &["vfio-checkpoint-seal"]),
     ("vfio-checkpoint-client", &["vfio-checkpoint-proto", "vfio-checkpoint-seal"]),
     (
