@@ -1,21 +1,21 @@
 //! The few things that are asked of an object store, with bounds, and with errors that name the object.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt as _, PutMode, PutPayload};
 
-use crate::StoreError;
 use crate::key;
 use crate::local::LocalFolder;
+use crate::{CheckpointId, StoreError};
 
 /// What the marker of a store says.
 const MARKER_TEXT: &str = "vfio-checkpoint store, format 1\n";
-/// The most objects that one listing takes in. More is a store for which this format was not made.
-const MOST_LISTED: usize = 8 << 20;
+/// The most objects that a listing keeps: of checkpoints, writers and marks, never of chunks. About 30 MiB.
+const MOST_LISTED: usize = 256 << 10;
 
 /// An object store, seen through what this crate needs of it.
 #[derive(Debug, Clone)]
@@ -181,6 +181,54 @@ impl Bucket {
         }
     }
 
+    /// How long an object is, if it is there.
+    pub(crate) async fn length(&self, at: &Path) -> Result<Option<u64>, StoreError> {
+        match self.objects.head(at).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(StoreError::answered("look at", at, error)),
+        }
+    }
+
+    /// What time it is by the store's own clock, which is the one that its objects have their times from.
+    pub(crate) async fn now(&self, unique: CheckpointId) -> Result<SystemTime, StoreError> {
+        let at = key::clock(unique);
+        self.put(&at, Bytes::new()).await?;
+        let meta =
+            self.objects.head(&at).await.map_err(|error| StoreError::answered("look at", &at, error))?;
+        self.delete(&at).await?;
+        Ok(meta.last_modified.into())
+    }
+
+    /// Whether a local store has room for so many bytes beside what is to stay free.
+    pub(crate) async fn check_room(&self, bytes: u64, keep_free_bytes: u64) -> Result<(), StoreError> {
+        match &self.local {
+            Some(folder) => folder.check_room(bytes, keep_free_bytes).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Makes sure that what frees space has a little of it. Ended by [`Self::after_freeing`].
+    pub(crate) async fn before_freeing(&self) {
+        if let Some(folder) = &self.local {
+            folder.drop_ballast().await;
+        }
+    }
+
+    pub(crate) async fn after_freeing(&self) {
+        if let Some(folder) = &self.local {
+            folder.take_ballast().await;
+        }
+    }
+
+    /// Removes what writers of a local store left half written that died, if it is older than this.
+    pub(crate) async fn sweep(&self, older_than: Duration) -> Result<u64, StoreError> {
+        match &self.local {
+            Some(folder) => folder.sweep(older_than).await,
+            None => Ok(0),
+        }
+    }
+
     /// Removes an object; one that is not there is none to complain about.
     pub(crate) async fn delete(&self, at: &Path) -> Result<(), StoreError> {
         match self.objects.delete(at).await {
@@ -191,7 +239,28 @@ impl Bucket {
 
     /// All objects below `at`, in no order.
     pub(crate) async fn list(&self, at: &Path) -> Result<Vec<Found>, StoreError> {
-        let mut found = Vec::new();
+        let mut all = Vec::new();
+        let mut is_too_long = false;
+        self.each(at, |found| {
+            is_too_long = all.len() == MOST_LISTED;
+            if !is_too_long {
+                all.push(found);
+            }
+            !is_too_long
+        })
+        .await?;
+        if is_too_long {
+            return Err(StoreError::TooLarge {
+                what: "a listing of the store",
+                bytes: all.len() as u64,
+                most_bytes: MOST_LISTED as u64,
+            });
+        }
+        Ok(all)
+    }
+
+    /// Shows each object below `at`, in no order, until `see` has seen enough.
+    pub(crate) async fn each(&self, at: &Path, mut see: impl FnMut(Found) -> bool) -> Result<(), StoreError> {
         let mut listed = self.objects.list(Some(at));
         while let Some(meta) = listed.next().await {
             let meta: ObjectMeta = match meta {
@@ -200,15 +269,11 @@ impl Bucket {
                 Err(Error::NotFound { .. }) => continue,
                 Err(error) => return Err(StoreError::answered("list", at, error)),
             };
-            if found.len() == MOST_LISTED {
-                return Err(StoreError::TooLarge {
-                    what: "a listing of the store",
-                    bytes: found.len() as u64,
-                    most_bytes: MOST_LISTED as u64,
-                });
+            let found = Found { path: meta.location, bytes: meta.size, modified: meta.last_modified.into() };
+            if !see(found) {
+                break;
             }
-            found.push(Found { path: meta.location, bytes: meta.size, modified: meta.last_modified.into() });
         }
-        Ok(found)
+        Ok(())
     }
 }

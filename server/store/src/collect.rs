@@ -3,7 +3,7 @@
 //! ```text
 //!   1 finish what dead collectors began
 //!   2 revoke writers that have not been heard of; clear away what was deleted long ago
-//!   3 list chunks; subtract what checkpoints name, and what writers upload or build on     -> candidates
+//!   3 list chunks, without those that checkpoints name, and writers upload or build on      -> candidates
 //!   4 put condemned/{id}                                                                  -> nobody builds on them from now on
 //!   5 wait; read intents, then manifests, again; spare what they need; delete the rest; remove condemned/{id}
 //! ```
@@ -21,12 +21,13 @@
 //! cannot be told, so nothing may go; delete the checkpoint that the error names.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use futures_util::{TryStreamExt as _, stream};
 use object_store::path::Path;
 
 use crate::bucket::{Bucket, Created};
-use crate::intent::{self, Intent};
+use crate::intent::{self, Writing};
 use crate::key::{self, ChunkKey, Part};
 use crate::list::{Parts, parts};
 use crate::manifest::Document;
@@ -47,20 +48,29 @@ pub struct Collected {
     pub revoked: u64,
     /// Checkpoints of which the last traces were cleared away.
     pub cleared: u64,
+    /// Files that were never whole, of writers that died.
+    pub swept: u64,
 }
 
-type Intents = BTreeMap<CheckpointId, (Intent, SystemTime)>;
-
-/// Every chunk that some collector is about to delete.
-pub(crate) async fn condemned(bucket: &Bucket) -> Result<HashSet<ChunkKey>, StoreError> {
+/// Every chunk that some collector is about to delete. None where that cannot be told.
+pub(crate) async fn condemned(bucket: &Bucket) -> Result<Option<HashSet<ChunkKey>>, StoreError> {
     let mut all = HashSet::new();
     for found in bucket.list(&key::CONDEMNED.into()).await? {
-        // One that is gone has been carried out. Whatever it named is not needed by who asks: see the module's page.
-        if let Some(list) = read_condemned(bucket, &found.path).await? {
-            all.extend(list.iter().map(|entry| entry.key));
+        if key::id_of(&found.path).is_none() {
+            continue;
+        }
+        match read_condemned(bucket, &found.path).await {
+            Ok(Some(list)) => all.extend(list.iter().map(|entry| entry.key)),
+            // It has been carried out. Whatever it named is not needed by who asks: see the module's page.
+            Ok(None) => {}
+            Err(error @ StoreError::Damaged { .. }) => {
+                tracing::warn!(%error, "what is condemned cannot be told, so nothing is built on");
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
         }
     }
-    Ok(all)
+    Ok(Some(all))
 }
 
 async fn read_condemned(bucket: &Bucket, at: &Path) -> Result<Option<Table>, StoreError> {
@@ -73,68 +83,101 @@ async fn read_condemned(bucket: &Bucket, at: &Path) -> Result<Option<Table>, Sto
 impl Store {
     /// Collects once. Any number of agents may do so at the same time.
     pub async fn collect(&self) -> Result<Collected, StoreError> {
+        self.bucket.before_freeing().await;
         let mut collected = Collected::default();
-        for left in self.bucket.list(&key::CONDEMNED.into()).await? {
-            self.carry_out(&left.path, &mut collected).await?;
-        }
-        self.revoke_abandoned(&mut collected).await?;
-        self.clear_deleted(&mut collected).await?;
+        let done = self.collect_into(&mut collected).await;
+        self.bucket.after_freeing().await;
+        done.map(|()| collected)
+    }
 
-        let listed = self.bucket.list(&key::CHUNKS.into()).await?;
-        let needed = self.needed().await?;
-        let mut list = Table::default();
-        for found in listed {
-            let Some(key) = ChunkKey::parse(&found.path) else { continue };
-            // Lengths are for the count of what was freed.
-            let bytes = u32::try_from(found.bytes).unwrap_or(u32::MAX).clamp(1, 1 << 20);
-            let entry = Entry { key, plain_bytes: bytes, stored_bytes: bytes };
-            if list.len() < MOST_CONDEMNED && !needed.has(&key) && list.push(entry).is_err() {
-                // Of too many uploads for one list. The next collection takes the rest.
-                break;
+    async fn collect_into(&self, collected: &mut Collected) -> Result<(), StoreError> {
+        let now = self.bucket.now(self.new_id()).await?;
+        collected.swept = self.bucket.sweep(self.limits.abandoned_after).await?;
+        for left in self.bucket.list(&key::CONDEMNED.into()).await? {
+            if key::id_of(&left.path).is_none() {
+                continue;
+            }
+            match self.carry_out(&left.path, collected).await {
+                // Written by a collector that died in the middle, or by none. Nobody carries it out any more.
+                Err(error @ StoreError::Damaged { .. })
+                    if error.is_about(&left.path)
+                        && is_older(now, left.modified, self.limits.abandoned_after) =>
+                {
+                    self.bucket.delete(&left.path).await?;
+                }
+                done => done?,
             }
         }
+        let revoked = self.revoke_abandoned(now, collected).await?;
+        self.clear_deleted(now, &revoked, collected).await?;
+
+        let needed = self.needed().await?;
+        let mut list = Table::default();
+        self.bucket
+            .each(&key::CHUNKS.into(), |found| {
+                let Some(key) = ChunkKey::parse(&found.path).filter(|key| !needed.has(key)) else {
+                    return true;
+                };
+                // Lengths are for the count of what was freed.
+                let bytes = u32::try_from(found.bytes).unwrap_or(u32::MAX).clamp(1, 1 << 20);
+                let entry = Entry { key, plain_bytes: bytes, stored_bytes: bytes };
+                // Where the list is full the next collection takes the rest.
+                list.len() < MOST_CONDEMNED && list.push(entry).is_ok()
+            })
+            .await?;
         if list.len() > 0 {
             let at = key::condemned(self.new_id());
             self.bucket.put(&at, list.encode()).await?;
             tokio::time::sleep(self.limits.grace).await;
-            self.carry_out(&at, &mut collected).await?;
+            self.carry_out(&at, collected).await?;
         }
-        Ok(collected)
+        Ok(())
     }
 
     /// Deletes what was condemned, as far as nobody needs it, and then the word.
     async fn carry_out(&self, at: &Path, collected: &mut Collected) -> Result<(), StoreError> {
         let Some(list) = read_condemned(&self.bucket, at).await? else { return Ok(()) };
         let needed = self.needed().await?;
-        for entry in list.iter().filter(|entry| !needed.has(&entry.key)) {
-            self.bucket.delete(&entry.key.path()).await?;
-            collected.chunks += 1;
-            collected.stored_bytes += u64::from(entry.stored_bytes);
-        }
+        let unneeded: Vec<Entry> = list.iter().filter(|entry| !needed.has(&entry.key)).collect();
+        stream::iter(unneeded.iter().map(Ok))
+            .try_for_each_concurrent(self.limits.parallel.max(1), |entry| async {
+                self.bucket.delete(&entry.key.path()).await
+            })
+            .await?;
+        collected.chunks += unneeded.len() as u64;
+        collected.stored_bytes += unneeded.iter().map(|entry| u64::from(entry.stored_bytes)).sum::<u64>();
         self.bucket.delete(at).await
     }
 
     /// Who needs what, now: intents first, then manifests.
     async fn needed(&self) -> Result<Needed, StoreError> {
-        let intents = intent::all(&self.bucket).await?;
-        let built_on: BTreeSet<CheckpointId> =
-            intents.values().flat_map(|(intent, _)| intent.bases.iter().copied()).collect();
+        let (mut uploads, mut built_on) = (BTreeSet::new(), BTreeSet::new());
+        for (id, writing) in intent::all(&self.bucket).await? {
+            // What it builds on cannot be told, so nothing may go. It is revoked when it has not been heard of for long.
+            built_on.extend(writing.intent?.bases);
+            uploads.insert(id);
+        }
         let mut chunks = HashSet::new();
         for (id, parts) in parts(&self.bucket).await? {
             if parts.manifest
                 && (parts.deleted.is_none() || built_on.contains(&id))
                 && let Some((_, table)) = self.bucket.read_whole(id).await?
             {
-                chunks.extend(table.iter().map(|entry| entry.key));
+                chunks.extend(table.iter().map(|entry| short(&entry.key)));
             }
         }
-        Ok(Needed { uploads: intents.into_keys().collect(), chunks })
+        Ok(Needed { uploads, chunks })
     }
 
     /// Ends writers that have not been heard of: whoever creates the manifest first decides whether it came to be.
-    async fn revoke_abandoned(&self, collected: &mut Collected) -> Result<(), StoreError> {
-        for (id, (_, heard)) in intent::all(&self.bucket).await? {
-            if !self.is_older(heard, self.limits.abandoned_after) {
+    async fn revoke_abandoned(
+        &self,
+        now: SystemTime,
+        collected: &mut Collected,
+    ) -> Result<BTreeSet<CheckpointId>, StoreError> {
+        let mut revoked = BTreeSet::new();
+        for (id, Writing { heard, .. }) in intent::all(&self.bucket).await? {
+            if !is_older(now, heard, self.limits.abandoned_after) {
                 continue;
             }
             let at = key::part(id, Part::Manifest);
@@ -143,27 +186,35 @@ impl Store {
             {
                 tracing::warn!(checkpoint = %id, "a save has not been heard of for too long, and was revoked");
                 self.bucket.put(&key::part(id, Part::Deleted), bytes::Bytes::new()).await?;
+                revoked.insert(id);
                 collected.revoked += 1;
             }
             self.bucket.delete(&key::intent(id)).await?;
         }
-        Ok(())
+        Ok(revoked)
     }
 
-    /// Clears away checkpoints that are marked deleted, and that no writer builds on: at first the table, which is large, and
-    /// after a long time the rest. The manifest is the last to go but for the mark, so that its name stays taken.
-    async fn clear_deleted(&self, collected: &mut Collected) -> Result<(), StoreError> {
-        let deleted: Vec<(CheckpointId, Parts)> =
-            parts(&self.bucket).await?.into_iter().filter(|(_, parts)| parts.deleted.is_some()).collect();
+    /// Clears away checkpoints that were marked deleted long ago, and that no writer builds on. The mark is the last to go,
+    /// so that whoever sees neither it nor the manifest knows that there is nothing.
+    async fn clear_deleted(
+        &self,
+        now: SystemTime,
+        just_revoked: &BTreeSet<CheckpointId>,
+        collected: &mut Collected,
+    ) -> Result<(), StoreError> {
+        let deleted = parts(&self.bucket).await?.into_iter().filter(|(id, Parts { deleted, .. })| {
+            deleted.is_some_and(|since| is_older(now, since, self.limits.keep_marks))
+                && !just_revoked.contains(id)
+        });
+        let deleted: Vec<CheckpointId> = deleted.map(|(id, _)| id).collect();
         // After the marks were seen: a writer that does not see them is seen here.
-        let intents: Intents =
-            if deleted.is_empty() { Intents::new() } else { intent::all(&self.bucket).await? };
-        for (id, parts) in deleted {
-            let is_built_on = intents.values().any(|(intent, _)| intent.bases.contains(&id));
-            let Some(since) = parts.deleted.filter(|_| !is_built_on && !intents.contains_key(&id)) else {
-                continue;
-            };
-            if !self.is_older(since, self.limits.keep_marks) {
+        let writing: BTreeMap<CheckpointId, Writing> =
+            if deleted.is_empty() { BTreeMap::new() } else { intent::all(&self.bucket).await? };
+        for id in deleted {
+            let is_built_on = writing
+                .values()
+                .any(|writing| writing.intent.as_ref().map_or(true, |intent| intent.bases.contains(&id)));
+            if is_built_on || writing.contains_key(&id) {
                 continue;
             }
             if let Ok(Some(manifest)) = self.bucket.read_manifest(id).await {
@@ -178,20 +229,28 @@ impl Store {
         }
         Ok(())
     }
+}
 
-    fn is_older(&self, since: SystemTime, than: std::time::Duration) -> bool {
-        self.ambient.now().duration_since(since).is_ok_and(|age| age > than)
-    }
+/// By the store's own clock, from which its objects have their times: that of this machine may be wrong.
+fn is_older(now: SystemTime, since: SystemTime, than: Duration) -> bool {
+    now.duration_since(since).is_ok_and(|age| age >= than)
 }
 
 /// Chunks that must stay.
 struct Needed {
     uploads: BTreeSet<CheckpointId>,
-    chunks: HashSet<ChunkKey>,
+    /// Digests of their keys, 8 bytes each: a store may have millions. Two that are alike spare a chunk that could go.
+    chunks: HashSet<u64>,
 }
 
 impl Needed {
     fn has(&self, key: &ChunkKey) -> bool {
-        self.uploads.contains(&key.upload) || self.chunks.contains(key)
+        self.uploads.contains(&key.upload) || self.chunks.contains(&short(key))
     }
+}
+
+fn short(key: &ChunkKey) -> u64 {
+    let upload = key.upload.to_bytes();
+    let fold = |bytes: &[u8]| bytes.iter().take(8).fold(0_u64, |sum, byte| (sum << 8) | u64::from(*byte));
+    fold(&key.blake3) ^ fold(&upload[8..]).rotate_left(17) ^ fold(&upload[..8])
 }

@@ -7,7 +7,6 @@ use crate::CheckpointId;
 
 /// What went wrong, where, and what to do.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum StoreError {
     /// The store did not do what it was asked, for now or for good: network, permissions, disk.
     #[error("the store cannot {what} {key}")]
@@ -151,6 +150,16 @@ impl StoreError {
             below = error.source();
         }
         Self::Unavailable { what, key: key.to_string(), source }
+    }
+
+    /// Whether there is no such checkpoint.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+
+    /// Whether it is this very object that is damaged.
+    pub(crate) fn is_about(&self, at: &impl ToString) -> bool {
+        matches!(self, Self::Damaged { key, .. } if *key == at.to_string())
     }
 
     pub(crate) fn damaged(key: &impl ToString, problem: impl Into<String>) -> Self {

@@ -23,11 +23,13 @@ pub(crate) struct Intent {
     format: u32,
     /// Checkpoints whose chunks it may name as its own.
     pub bases: Vec<CheckpointId>,
+    /// Tells two writers of one name apart.
+    writer: u64,
 }
 
 impl Intent {
-    pub(crate) fn new(bases: Vec<CheckpointId>) -> Self {
-        Self { format: FORMAT, bases }
+    pub(crate) fn new(bases: Vec<CheckpointId>, writer: u64) -> Self {
+        Self { format: FORMAT, bases, writer }
     }
 
     pub(crate) fn encode(&self) -> Result<Bytes, StoreError> {
@@ -36,19 +38,36 @@ impl Intent {
     }
 }
 
-/// All writers at work, with the time at which each was last heard of.
-pub(crate) async fn all(bucket: &Bucket) -> Result<BTreeMap<CheckpointId, (Intent, SystemTime)>, StoreError> {
+/// A writer at work.
+#[derive(Debug)]
+pub(crate) struct Writing {
+    /// What it builds on, or why that cannot be told.
+    pub intent: Result<Intent, StoreError>,
+    /// When it was last heard of.
+    pub heard: SystemTime,
+}
+
+/// All writers at work.
+pub(crate) async fn all(bucket: &Bucket) -> Result<BTreeMap<CheckpointId, Writing>, StoreError> {
     let mut intents = BTreeMap::new();
     for found in bucket.list(&key::INTENTS.into()).await? {
         let Some(id) = key::id_of(&found.path) else { continue };
-        let Some(bytes) = bucket.get(&found.path, MOST_BYTES).await? else { continue };
-        let intent: Intent = serde_json::from_slice(&bytes)
-            .map_err(|error| StoreError::damaged(&found.path, error.to_string()))?;
-        if intent.format != FORMAT {
-            let problem = format!("it has format {}, and this version reads {FORMAT}", intent.format);
-            return Err(StoreError::damaged(&found.path, problem));
-        }
-        intents.insert(id, (intent, found.modified));
+        let bytes = match bucket.get(&found.path, MOST_BYTES).await {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => continue,
+            Err(error @ StoreError::Damaged { .. }) => {
+                intents.insert(id, Writing { intent: Err(error), heard: found.modified });
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        let intent = match serde_json::from_slice::<Intent>(&bytes) {
+            Ok(intent) if intent.format == FORMAT => Ok(intent),
+            Ok(other) => Err(format!("it has format {}, and this version reads {FORMAT}", other.format)),
+            Err(error) => Err(error.to_string()),
+        };
+        let intent = intent.map_err(|problem| StoreError::damaged(&found.path, problem));
+        intents.insert(id, Writing { intent, heard: found.modified });
     }
     Ok(intents)
 }

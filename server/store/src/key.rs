@@ -104,6 +104,11 @@ pub fn condemned(id: CheckpointId) -> Path {
     path([CONDEMNED, &id.to_string()])
 }
 
+/// An object that is there for a moment, to read the store's clock.
+pub fn clock(unique: CheckpointId) -> Path {
+    path(["clock", &unique.to_string()])
+}
+
 /// The id that the last part of a path is.
 pub fn id_of(at: &Path) -> Option<CheckpointId> {
     at.filename()?.parse().ok()

@@ -101,6 +101,14 @@ impl Store {
         if is_deleted || !self.bucket.has(&key::part(id, Part::Manifest)).await? {
             return Err(StoreError::NotFound { id });
         }
-        self.bucket.put(&key::part(id, mark), Bytes::new()).await
+        match self.bucket.put(&key::part(id, mark), Bytes::new()).await {
+            Err(StoreError::DiskFull { .. }) => {
+                self.bucket.before_freeing().await;
+                let put = self.bucket.put(&key::part(id, mark), Bytes::new()).await;
+                self.bucket.after_freeing().await;
+                put
+            }
+            put => put,
+        }
     }
 }

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path as FsPath, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -24,7 +25,7 @@ use object_store::{
 };
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
 
-use crate::StoreError;
+use crate::{StoreError, key};
 
 /// A path that the guard does not let through.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +107,45 @@ impl LocalFolder {
             path: self.path.clone(),
             source: errno.into(),
         })
+    }
+}
+
+impl LocalFolder {
+    /// Removes staged files that were never published, because their writer died.
+    pub(crate) async fn sweep(&self, older_than: Duration) -> std::result::Result<u64, StoreError> {
+        let root = self.path.clone();
+        off_runtime(move || {
+            let mut swept = 0;
+            for below in [key::CHUNKS, key::CHECKPOINTS, key::DEVICES, key::INTENTS, key::CONDEMNED] {
+                sweep(&root.join(below), older_than, 3, &mut swept);
+            }
+            swept
+        })
+        .await
+    }
+}
+
+/// What cannot be looked at or removed stays for the next time.
+fn sweep(folder: &FsPath, older_than: Duration, deep: usize, swept: &mut u64) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for entry in entries.filter_map(std::result::Result::ok) {
+        // Of the entry itself: a link is not followed.
+        let Ok(metadata) = entry.metadata() else { continue };
+        if metadata.is_dir() && deep > 0 {
+            sweep(&entry.path(), older_than, deep - 1, swept);
+        }
+        let name = entry.file_name();
+        let staged = name.to_str().and_then(|name| name.rsplit_once('#')).is_some_and(|(_, number)| {
+            !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+        });
+        let age = metadata.modified().ok().and_then(|modified| modified.elapsed().ok());
+        if metadata.is_file()
+            && staged
+            && age.is_some_and(|age| age >= older_than)
+            && std::fs::remove_file(entry.path()).is_ok()
+        {
+            *swept += 1;
+        }
     }
 }
 

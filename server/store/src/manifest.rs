@@ -3,6 +3,8 @@
 //! The same name holds the word that a writer was revoked. Both are created, never overwritten, so that there is exactly
 //! one answer to whether a checkpoint came to be.
 
+use std::collections::BTreeSet;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use vfio_checkpoint_seal::Seal;
@@ -149,7 +151,11 @@ impl Manifest {
         if self.states.is_empty() || self.states.len() > MOST_STATES {
             return Err(format!("it has {} states; 1 to {MOST_STATES} are possible", self.states.len()));
         }
+        let mut names = BTreeSet::new();
         for (index, state) in self.states.iter().enumerate() {
+            if !names.insert(&state.logical_device) {
+                return Err(format!("states[{index}].logical_device: it is there twice"));
+            }
             check_logical_device(&state.logical_device)
                 .map_err(|problem| format!("states[{index}].logical_device: {problem}"))?;
         }

@@ -58,7 +58,7 @@ impl Store {
     pub async fn verify(
         &self,
         id: CheckpointId,
-        progress: impl Fn(u64) + Send,
+        mut progress: impl FnMut(u64) + Send,
     ) -> Result<Verified, StoreError> {
         let checkpoint = self.get(id).await?;
         let mut verified = Verified { chunks: 0, plain_bytes: 0, problems: Vec::new() };
@@ -152,10 +152,6 @@ impl Checkpoint {
             .buffered(self.store.limits.parallel.max(1))
             .boxed();
         Reader { chunks }
-    }
-
-    pub(crate) fn into_table(self) -> Table {
-        Arc::unwrap_or_clone(self.table)
     }
 
     /// Length and digest of one device's state.

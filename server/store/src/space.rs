@@ -2,6 +2,9 @@
 //!
 //! In a local store the space is taken: a hidden file of that length is allocated, and it shrinks as chunks are written.
 //! Where the file system cannot allocate, the free space is looked at instead. A bucket elsewhere has no such notion.
+//!
+//! Deleting takes a little space, too, before it gives any back. So a local store keeps ballast, a file that it drops where
+//! its disk is full.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -49,10 +52,48 @@ impl LocalFolder {
         })
     }
 
+    /// Whether there is room for so many bytes beside what is to stay free.
+    pub(crate) async fn check_room(&self, bytes: u64, keep_free_bytes: u64) -> Result<(), StoreError> {
+        let free_bytes = self.space(keep_free_bytes).await?.free_bytes;
+        if bytes <= free_bytes {
+            Ok(())
+        } else {
+            Err(StoreError::NoSpace { needed_bytes: bytes, free_bytes })
+        }
+    }
+
+    /// Drops the ballast, so that what frees space has space to do so.
+    pub(crate) async fn drop_ballast(&self) {
+        let root = Arc::clone(self.root());
+        let dropped = off_runtime(move || unlinkat(&*root, BALLAST, AtFlags::empty())).await;
+        if !matches!(dropped, Ok(Ok(()) | Err(Errno::NOENT))) {
+            tracing::info!(store = %self.path().display(), ?dropped, "the ballast cannot be dropped");
+        }
+    }
+
+    /// Takes the ballast in, if there is room for it.
+    pub(crate) async fn take_ballast(&self) {
+        let root = Arc::clone(self.root());
+        let taken = off_runtime(move || {
+            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::NOFOLLOW;
+            let file = openat(&*root, BALLAST, flags, Mode::RUSR | Mode::WUSR)?;
+            fallocate(&file, FallocateFlags::empty(), 0, BALLAST_BYTES)
+        })
+        .await;
+        // On a full disk, or a file system that cannot, the store works without.
+        if !matches!(taken, Ok(Ok(()))) {
+            tracing::debug!(store = %self.path().display(), ?taken, "no ballast");
+        }
+    }
+
     fn failed(&self, what: &'static str, errno: Errno) -> StoreError {
         StoreError::Folder { what, path: self.path().to_owned(), source: errno.into() }
     }
 }
+
+const BALLAST: &str = ".ballast";
+/// Enough for the largest list of what is to be deleted, and a few words.
+const BALLAST_BYTES: u64 = 16 << 20;
 
 /// Space that was taken. Given back when it is dropped.
 #[derive(Debug)]
@@ -70,7 +111,7 @@ impl Reservation {
     ) -> Result<Self, StoreError> {
         let space = folder.space(keep_free_bytes).await?;
         let no_space = StoreError::NoSpace { needed_bytes: bytes, free_bytes: space.free_bytes };
-        if bytes > space.free_bytes {
+        if bytes > space.free_bytes || space.free_bytes == 0 {
             return Err(no_space);
         }
         if bytes == 0 {

@@ -19,7 +19,7 @@ pub(crate) const ENTRY_BYTES: usize = 44;
 /// The longest table: about 760 000 chunks, some 700 GiB of state.
 pub(crate) const MOST_BYTES: u64 = 32 << 20;
 /// The most uploads that one checkpoint builds on.
-const MOST_UPLOADS: usize = 4096;
+pub(crate) const MOST_UPLOADS: usize = 4096;
 
 /// One chunk of a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

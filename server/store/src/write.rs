@@ -11,8 +11,9 @@
 //! the word that it is revoked in its place: one of the two is there then, and says what is true. A writer that is dropped
 //! leaves its intent and its chunks to a collector; [`Writer::abort`] removes them at once.
 
-use std::collections::{BTreeSet, HashMap, hash_map};
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
@@ -32,8 +33,12 @@ use crate::{CheckpointId, Limits, Store, StoreError};
 
 /// How many checkpoints of one logical device a save builds on.
 const BASES_OF_A_DEVICE: usize = 2;
-/// How many checkpoints a save builds on. Their tables are in memory while it runs.
+/// How many checkpoints a save builds on.
 const MOST_BASES: usize = 8;
+/// How many of their chunks it knows. Each takes about 100 bytes while it runs.
+const MOST_TRUSTED: usize = 128 << 10;
+/// How many uploads these may be of: half of what a table can name, so that a table can always be written.
+const MOST_TRUSTED_UPLOADS: usize = table::MOST_UPLOADS / 2;
 
 /// What a save begins with.
 #[derive(Debug, Clone)]
@@ -55,10 +60,15 @@ pub struct Writer {
     reservation: Reservation,
     known: HashMap<[u8; 32], Known>,
     devices: Vec<Seat>,
-    uploads: JoinSet<Result<([u8; 32], u32), StoreError>>,
+    uploads: JoinSet<Result<([u8; 32], Known), StoreError>>,
     permits: Arc<Semaphore>,
     added: Added,
     chunks: usize,
+    /// A call failed, or was dropped, in the middle: a part of a state is missing.
+    is_torn: bool,
+    /// Somebody removed the intent: the writer was taken for gone.
+    is_revoked: Arc<AtomicBool>,
+    keep_free_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -69,13 +79,15 @@ struct Seat {
     chunks: Vec<([u8; 32], u32)>,
 }
 
-/// A chunk that need not be uploaded.
+/// What is known of a chunk.
 #[derive(Debug, Clone, Copy)]
 enum Known {
-    /// Another checkpoint has it.
-    Base(Entry),
-    /// It is on its way, or there.
-    Ours { stored_bytes: u32 },
+    /// Another checkpoint says that it has it, and nobody has looked yet.
+    Claimed(Entry),
+    /// It is being looked at, or is on its way.
+    Pending,
+    /// It is there.
+    There(Entry),
 }
 
 impl Store {
@@ -90,16 +102,33 @@ impl Store {
             let invalid = |problem| StoreError::Invalid { field: "logical_devices", problem };
             check_logical_device(name).map_err(invalid)?;
         }
+        if logical_devices.iter().collect::<BTreeSet<_>>().len() != logical_devices.len() {
+            let problem = "a logical device is there twice; one set holds it once".to_owned();
+            return Err(StoreError::Invalid { field: "logical_devices", problem });
+        }
+        let taken = || StoreError::Invalid {
+            field: "id",
+            problem: format!("there is a checkpoint {id} already, or a save of it; take another id"),
+        };
+        for part in Part::ALL {
+            if self.bucket.has(&key::part(id, part)).await? {
+                return Err(taken());
+            }
+        }
         let reservation = self.reserve(id, reserve_bytes).await?;
         let bases = self.bases(&logical_devices).await?;
-        let intent = Intent::new(bases.iter().map(|(id, _)| *id).collect()).encode()?;
+        let intent = Intent::new(bases.clone(), self.ambient.random()).encode()?;
         let at = key::intent(id);
-        self.bucket.put(&at, intent.clone()).await?;
-        let renewal = tokio::spawn(renew(self.bucket.clone(), Arc::clone(&self.limits), at, intent));
+        if self.bucket.create(&at, intent.clone()).await? == Created::Taken {
+            return Err(taken());
+        }
+        let is_revoked = Arc::new(AtomicBool::new(false));
+        let renewal =
+            renew(self.bucket.clone(), Arc::clone(&self.limits), at, intent, Arc::clone(&is_revoked));
         let mut writer = Writer {
             id,
             bucket: self.bucket.clone(),
-            intent_at_work: renewal.abort_handle(),
+            intent_at_work: tokio::spawn(renewal).abort_handle(),
             reservation,
             known: HashMap::new(),
             devices: logical_devices.into_iter().map(Seat::new).collect(),
@@ -107,6 +136,9 @@ impl Store {
             permits: Arc::new(Semaphore::new(self.limits.parallel.max(1))),
             added: Added::default(),
             chunks: 0,
+            is_torn: false,
+            is_revoked,
+            keep_free_bytes: self.limits.keep_free_bytes,
         };
         match writer.trust(bases).await {
             Ok(()) => Ok(writer),
@@ -117,9 +149,8 @@ impl Store {
         }
     }
 
-    /// The newest checkpoints of these logical devices, with their tables. One that is damaged is left out: a save must
-    /// not fail because an old one rotted.
-    async fn bases(&self, logical_devices: &[String]) -> Result<Vec<(CheckpointId, Table)>, StoreError> {
+    /// The newest checkpoints of these logical devices.
+    async fn bases(&self, logical_devices: &[String]) -> Result<Vec<CheckpointId>, StoreError> {
         let mut ids = BTreeSet::new();
         for name in logical_devices {
             let listed = self.bucket.list(&key::of_device(name)).await?;
@@ -128,26 +159,29 @@ impl Store {
             of_device.sort_unstable();
             ids.extend(of_device.into_iter().rev().take(BASES_OF_A_DEVICE));
         }
-        let mut bases = Vec::new();
-        for id in ids.into_iter().rev().take(MOST_BASES) {
-            match self.get(id).await {
-                Ok(checkpoint) => bases.push((id, checkpoint.into_table())),
-                Err(StoreError::NotFound { .. }) => {}
-                Err(error @ StoreError::Damaged { .. }) => {
-                    tracing::warn!(checkpoint = %id, %error, "an earlier checkpoint cannot be built on");
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(bases)
+        Ok(ids.into_iter().rev().take(MOST_BASES).collect())
     }
 }
 
-/// Says again and again that a writer is there.
-async fn renew(bucket: Bucket, limits: Arc<Limits>, at: object_store::path::Path, intent: Bytes) {
+/// Says again and again that a writer is there. Where its intent is gone it was taken for gone, and stays so.
+async fn renew(
+    bucket: Bucket,
+    limits: Arc<Limits>,
+    at: object_store::path::Path,
+    intent: Bytes,
+    is_revoked: Arc<AtomicBool>,
+) {
     loop {
         tokio::time::sleep(limits.renew_interval).await;
-        if let Err(error) = bucket.put(&at, intent.clone()).await {
+        let renewed = match bucket.has(&at).await {
+            Ok(true) => bucket.put(&at, intent.clone()).await,
+            Ok(false) => {
+                is_revoked.store(true, Ordering::Release);
+                return;
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = renewed {
             tracing::warn!(%error, "a save cannot say that it is still there");
         }
     }
@@ -170,52 +204,90 @@ impl Writer {
         self.added
     }
 
-    /// Takes over the chunks of these checkpoints, now that the intent names them: those that no collector has condemned,
-    /// of those checkpoints that are still there. In this order.
-    async fn trust(&mut self, bases: Vec<(CheckpointId, Table)>) -> Result<(), StoreError> {
+    /// Takes note of the chunks of these checkpoints, now that the intent names them: those that no collector has condemned,
+    /// of those checkpoints that are still there. In this order. A checkpoint that is damaged is left out: a save must not
+    /// fail because an old one rotted.
+    async fn trust(&mut self, bases: Vec<CheckpointId>) -> Result<(), StoreError> {
         if bases.is_empty() {
             return Ok(());
         }
-        let condemned = condemned(&self.bucket).await?;
-        for (id, table) in bases {
+        // Where that cannot be told nothing is built on.
+        let Some(condemned) = condemned(&self.bucket).await? else { return Ok(()) };
+        let mut uploads = BTreeSet::new();
+        for id in bases {
             // The mark first: it outlives the manifest, so that without either it is not there.
-            let is_there = !self.bucket.has(&key::part(id, Part::Deleted)).await?
-                && self.bucket.has(&key::part(id, Part::Manifest)).await?;
-            if is_there {
-                let trusted = table.iter().filter(|entry| !condemned.contains(&entry.key));
-                self.known.extend(trusted.map(|entry| (entry.key.blake3, Known::Base(entry))));
+            if self.bucket.has(&key::part(id, Part::Deleted)).await? {
+                continue;
+            }
+            let table = match self.bucket.read_whole(id).await {
+                Ok(Some((_, table))) => table,
+                Ok(None) => continue,
+                Err(error @ StoreError::Damaged { .. }) => {
+                    tracing::warn!(checkpoint = %id, %error, "an earlier checkpoint cannot be built on");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            for entry in table.iter().filter(|entry| !condemned.contains(&entry.key)) {
+                if self.known.len() == MOST_TRUSTED {
+                    return Ok(());
+                }
+                if uploads.len() < MOST_TRUSTED_UPLOADS || uploads.contains(&entry.key.upload) {
+                    uploads.insert(entry.key.upload);
+                    // The newest first: what it says counts.
+                    self.known.entry(entry.key.blake3).or_insert(Known::Claimed(entry));
+                }
             }
         }
         Ok(())
     }
 
-    /// Takes the next bytes of one device's state. Waits while as much is in flight as may be.
+    /// Takes the next bytes of one device's state. Waits while as much is in flight as may be. After an error, or where it
+    /// was dropped before it was done, the save cannot go on.
     pub async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), StoreError> {
-        let mut cutter = self.cutter(device)?;
+        let mut cutter = self.begin_part(device)?;
         let (cutter, pieces) = off_runtime(move || {
             let pieces = cutter.push(&bytes);
             (cutter, pieces)
         })
         .await?;
+        self.place(device, pieces).await?;
         self.devices[device].cutter = Some(cutter);
-        self.place(device, pieces).await
+        self.is_torn = false;
+        Ok(())
     }
 
     /// One device's state is whole. Returns its length and digest.
     pub async fn finish(&mut self, device: usize) -> Result<Seal, StoreError> {
-        let cutter = self.cutter(device)?;
+        let cutter = self.begin_part(device)?;
         let (pieces, seal) = off_runtime(move || cutter.finish()).await?;
-        self.devices[device].seal = Some(seal);
         self.place(device, pieces).await?;
+        self.devices[device].seal = Some(seal);
+        self.is_torn = false;
         Ok(seal)
     }
 
-    fn cutter(&mut self, device: usize) -> Result<Cutter, StoreError> {
+    /// Until the part is taken the save is torn.
+    fn begin_part(&mut self, device: usize) -> Result<Cutter, StoreError> {
+        self.check()?;
         let cutter = self.devices.get_mut(device).and_then(|device| device.cutter.take());
-        cutter.ok_or_else(|| StoreError::Invalid {
+        let cutter = cutter.ok_or_else(|| StoreError::Invalid {
             field: "device",
             problem: format!("there is no state {device} that is still being written"),
-        })
+        })?;
+        self.is_torn = true;
+        Ok(cutter)
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.is_revoked.load(Ordering::Acquire) {
+            return Err(StoreError::Revoked { id: self.id });
+        }
+        if self.is_torn {
+            let problem = "a part of a state was not taken; give the save up".to_owned();
+            return Err(StoreError::Invalid { field: "states", problem });
+        }
+        Ok(())
     }
 
     async fn place(&mut self, device: usize, pieces: Vec<Piece>) -> Result<(), StoreError> {
@@ -230,42 +302,59 @@ impl Writer {
                 });
             }
             self.devices[device].chunks.push((piece.blake3, piece.plain_bytes));
-            if let hash_map::Entry::Vacant(unknown) = self.known.entry(piece.blake3) {
-                unknown.insert(Known::Ours { stored_bytes: 0 });
-                self.added.chunks += 1;
-                self.added.plain_bytes += u64::from(piece.plain_bytes);
-                self.upload(piece).await?;
-            }
+            let claimed = match self.known.insert(piece.blake3, Known::Pending) {
+                None => None,
+                Some(Known::Claimed(entry)) => Some(entry),
+                Some(known @ (Known::Pending | Known::There(_))) => {
+                    self.known.insert(piece.blake3, known);
+                    continue;
+                }
+            };
+            self.settle(piece, claimed).await?;
         }
         Ok(())
     }
 
-    async fn upload(&mut self, piece: Piece) -> Result<(), StoreError> {
+    /// Looks whether a chunk is there where it is said to be, and uploads it where it is not.
+    async fn settle(&mut self, piece: Piece, claimed: Option<Entry>) -> Result<(), StoreError> {
         while let Some(done) = self.uploads.try_join_next() {
-            self.uploaded(done)?;
+            self.settled(done)?;
         }
         self.reservation.shrink(u64::from(piece.plain_bytes)).await?;
         let permits = Arc::clone(&self.permits);
         let permit = permits.acquire_owned().await.map_err(|_| StoreError::Died)?;
+        self.bucket.check_room(u64::from(piece.plain_bytes), self.keep_free_bytes).await?;
         let (bucket, upload) = (self.bucket.clone(), self.id);
         self.uploads.spawn(async move {
-            let blake3 = piece.blake3;
+            let Piece { blake3, plain_bytes, .. } = piece;
+            if let Some(entry) = claimed.filter(|entry| entry.plain_bytes == plain_bytes)
+                && bucket.length(&entry.key.path()).await? == Some(u64::from(entry.stored_bytes))
+            {
+                return Ok((blake3, Known::There(entry)));
+            }
             let packed = off_runtime(move || piece.pack()).await?;
             let stored_bytes = u32::try_from(packed.len()).unwrap_or(u32::MAX);
-            bucket.put_chunk(&ChunkKey { blake3, upload }.path(), packed).await?;
+            let key = ChunkKey { blake3, upload };
+            bucket.put_chunk(&key.path(), packed).await?;
             drop(permit);
-            Ok((blake3, stored_bytes))
+            Ok((blake3, Known::There(Entry { key, plain_bytes, stored_bytes })))
         });
         Ok(())
     }
 
-    fn uploaded(
+    fn settled(
         &mut self,
-        done: Result<Result<([u8; 32], u32), StoreError>, tokio::task::JoinError>,
+        done: Result<Result<([u8; 32], Known), StoreError>, tokio::task::JoinError>,
     ) -> Result<(), StoreError> {
-        let (blake3, stored_bytes) = done.map_err(|_| StoreError::Died)??;
-        self.added.stored_bytes += u64::from(stored_bytes);
-        self.known.insert(blake3, Known::Ours { stored_bytes });
+        let (blake3, known) = done.map_err(|_| StoreError::Died)??;
+        if let Known::There(entry) = known
+            && entry.key.upload == self.id
+        {
+            self.added.chunks += 1;
+            self.added.plain_bytes += u64::from(entry.plain_bytes);
+            self.added.stored_bytes += u64::from(entry.stored_bytes);
+        }
+        self.known.insert(blake3, known);
         Ok(())
     }
 
@@ -282,25 +371,18 @@ impl Writer {
 
     /// Everything but the manifest.
     async fn prepare(&mut self, about: serde_json::Value) -> Result<(Manifest, Bytes), StoreError> {
+        self.check()?;
         while let Some(done) = self.uploads.join_next().await {
-            self.uploaded(done)?;
+            self.settled(done)?;
         }
         let invalid = |problem: String| StoreError::Invalid { field: "states", problem };
         let mut table = Table::default();
         let mut states = Vec::with_capacity(self.devices.len());
         for (index, device) in self.devices.iter().enumerate() {
             let seal = device.seal.ok_or_else(|| invalid(format!("state {index} is not whole yet")))?;
-            for (blake3, plain_bytes) in &device.chunks {
-                let entry = match self.known.get(blake3) {
-                    Some(Known::Base(entry)) => *entry,
-                    Some(Known::Ours { stored_bytes }) => Entry {
-                        key: ChunkKey { blake3: *blake3, upload: self.id },
-                        plain_bytes: *plain_bytes,
-                        stored_bytes: *stored_bytes,
-                    },
-                    None => return Err(StoreError::Died),
-                };
-                table.push(entry).map_err(|problem| invalid(problem.to_owned()))?;
+            for (blake3, _) in &device.chunks {
+                let Some(Known::There(entry)) = self.known.get(blake3) else { return Err(StoreError::Died) };
+                table.push(*entry).map_err(|problem| invalid(problem.to_owned()))?;
             }
             states.push(State {
                 logical_device: device.logical_device.clone(),
@@ -321,6 +403,19 @@ impl Writer {
 
     async fn create(self, manifest: Manifest, document: Bytes) -> Result<Manifest, StoreError> {
         let (id, at) = (self.id, key::part(self.id, Part::Manifest));
+        // Whoever takes the intent away takes the name as well; this finds it also where that was so long ago that the name
+        // is free again.
+        match self.bucket.has(&key::intent(id)).await {
+            Ok(true) => {}
+            Ok(false) => {
+                self.abort().await;
+                return Err(StoreError::Revoked { id });
+            }
+            Err(error) => {
+                self.abort().await;
+                return Err(error);
+            }
+        }
         match self.bucket.create(&at, document.clone()).await {
             Ok(Created::Yes) => {
                 self.intent_at_work.abort();
@@ -330,12 +425,17 @@ impl Writer {
                 Ok(manifest)
             }
             Ok(Created::Taken) => {
-                self.abort().await;
+                // By a collector. Were it by anybody else, nothing of it would be this writer's to remove.
+                if matches!(self.bucket.read_manifest(id).await, Ok(None)) {
+                    self.abort().await;
+                }
                 Err(StoreError::Revoked { id })
             }
             // Whether it is there is not known. What is created now decides it, if the store can be reached again.
             Err(error) => match self.bucket.create(&at, Document::revoked(id).encode()?).await {
                 Ok(Created::Yes) => {
+                    // So that it is cleared away some day. The word itself is there already.
+                    let _ = self.bucket.put(&key::part(id, Part::Deleted), Bytes::new()).await;
                     self.abort().await;
                     Err(error)
                 }
@@ -352,7 +452,11 @@ impl Writer {
     pub async fn abort(mut self) {
         self.intent_at_work.abort();
         self.uploads.shutdown().await;
-        let ours = self.known.iter().filter(|(_, known)| matches!(known, Known::Ours { .. }));
+        let ours = self.known.iter().filter(|(_, known)| match known {
+            Known::Claimed(_) => false,
+            Known::Pending => true,
+            Known::There(entry) => entry.key.upload == self.id,
+        });
         let chunks = ours.map(|(blake3, _)| ChunkKey { blake3: *blake3, upload: self.id }.path());
         let pointers = self.devices.iter().map(|device| key::device_has(&device.logical_device, self.id));
         let rest = pointers.chain([key::part(self.id, Part::Table), key::intent(self.id)]);

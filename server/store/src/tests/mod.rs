@@ -1,5 +1,6 @@
 //! What the store promises, tried out: on a folder, in memory, on a store that fails, and with agents that meet.
 
+mod attacks;
 mod between;
 mod faults;
 mod folder;
@@ -59,6 +60,12 @@ impl Ambient for TestAmbient {
 
 pub(crate) fn limits() -> Limits {
     Limits { grace: Duration::ZERO, keep_free_bytes: 0, ..Limits::default() }
+}
+
+/// The same store, for which everything is long ago.
+pub(crate) fn impatient(store: &Store) -> Store {
+    let limits = Limits { abandoned_after: Duration::ZERO, keep_marks: Duration::ZERO, ..limits() };
+    Store { limits: Arc::new(limits), ..store.clone() }
 }
 
 /// A store in memory, and its bucket.
