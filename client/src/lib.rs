@@ -9,6 +9,7 @@
 
 pub mod call;
 pub mod connect;
+pub mod document;
 pub mod folder;
 pub mod tls;
 pub mod transfer;

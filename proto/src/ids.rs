@@ -150,6 +150,78 @@ impl FromStr for OperationName {
 }
 
 text_id! {
+    /// The resource name of a store of the agent, `stores/{store}`. `{store}` is 1 to 63 of a-z, 0-9 and `-`, and begins
+    /// and ends with a letter or digit.
+    StoreName
+}
+
+impl StoreName {
+    const EXPECTED: &'static str = "a store name (`stores/{store}`)";
+    const RULE: Label = Label { others: "-", max_bytes: 63 };
+
+    /// The name of the store that the agent's configuration calls `id`.
+    pub fn from_id(id: &str) -> Result<Self, IdError> {
+        label(id, &Self::RULE).map_err(|problem| IdError::new(Self::EXPECTED, id, problem))?;
+        Ok(Self(format!("stores/{id}")))
+    }
+
+    /// What the agent's configuration calls it: the part after `stores/`.
+    pub fn id(&self) -> &str {
+        self.0.strip_prefix("stores/").unwrap_or(&self.0)
+    }
+}
+
+impl FromStr for StoreName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        resource(text, "stores/", &Self::RULE)
+            .map_err(|problem| IdError::new(Self::EXPECTED, text, problem))?;
+        Ok(Self(text.to_owned()))
+    }
+}
+
+text_id! {
+    /// The resource name of a checkpoint in a store, `stores/{store}/checkpoints/{checkpoint}`. `{checkpoint}` is 1 to 63
+    /// of a-z, 0-9 and `-`, and begins and ends with a letter or digit.
+    CheckpointName
+}
+
+impl CheckpointName {
+    const EXPECTED: &'static str = "a checkpoint name (`stores/{store}/checkpoints/{checkpoint}`)";
+    const BETWEEN: &'static str = "/checkpoints/";
+
+    /// The name of the checkpoint `id` of a store.
+    pub fn new(store: &StoreName, id: &str) -> Result<Self, IdError> {
+        format!("{store}{}{id}", Self::BETWEEN).parse()
+    }
+
+    /// The store that it is in.
+    pub fn store(&self) -> StoreName {
+        StoreName(self.0.split_once(Self::BETWEEN).map_or(&*self.0, |(store, _)| store).to_owned())
+    }
+
+    /// The part after `checkpoints/`.
+    pub fn id(&self) -> &str {
+        self.0.split_once(Self::BETWEEN).map_or("", |(_, id)| id)
+    }
+}
+
+impl FromStr for CheckpointName {
+    type Err = IdError;
+
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        let fail = |problem: String| IdError::new(Self::EXPECTED, text, problem);
+        let Some((store, id)) = text.split_once(Self::BETWEEN) else {
+            return Err(fail(format!("it has no `{}`", Self::BETWEEN)));
+        };
+        resource(store, "stores/", &StoreName::RULE).map_err(fail)?;
+        label(id, &StoreName::RULE).map_err(|problem| fail(format!("after `checkpoints/`, {problem}")))?;
+        Ok(Self(text.to_owned()))
+    }
+}
+
+text_id! {
     /// What makes a call idempotent: a UUID that its caller made up, in lowercase.
     RequestId
 }

@@ -56,6 +56,37 @@ impl CheckpointService for Counter {
         Err(Status::unimplemented("not asked for here"))
     }
 
+    async fn get_checkpoint(
+        &self,
+        _: Request<v1::GetCheckpointRequest>,
+    ) -> Result<Response<v1::GetCheckpointResponse>, Status> {
+        Err(Status::unimplemented("not asked for here"))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        _: Request<v1::ListCheckpointsRequest>,
+    ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
+        Err(Status::unimplemented("not asked for here"))
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        _: Request<v1::DeleteCheckpointRequest>,
+    ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
+        Err(Status::unimplemented("not asked for here"))
+    }
+
+    type VerifyCheckpointStream =
+        tonic::codegen::tokio_stream::Empty<Result<v1::VerifyCheckpointResponse, Status>>;
+
+    async fn verify_checkpoint(
+        &self,
+        _: Request<v1::VerifyCheckpointRequest>,
+    ) -> Result<Response<Self::VerifyCheckpointStream>, Status> {
+        Err(Status::unimplemented("not asked for here"))
+    }
+
     async fn resume(&self, _: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
         Err(Status::unimplemented("not asked for here"))
     }

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed};
 use prost::Message as _;
 use vfio_checkpoint_proto::domain::{
-    Fingerprint, Invalid, MAX_DURATION, Manifest, Phase as OperationPhase, Progress, RestoreSpec,
-    SaveRequestSpec, StreamLimits, StreamOpen, StreamOpened,
+    Fingerprint, Invalid, MAX_DURATION, Manifest, Phase as OperationPhase, Progress, RestoreSource,
+    RestoreSpec, SaveRequestSpec, StreamLimits, StreamOpen, StreamOpened,
 };
 use vfio_checkpoint_proto::ids::{DeviceName, StreamId};
 use vfio_checkpoint_proto::parts::{MAX_REQUEST_PARTS, PartsError, check_parts};
@@ -210,8 +210,11 @@ fn requests(bytes: &[u8]) -> bool {
         match RestoreSpec::try_from(wire) {
             Ok(spec) => {
                 valid = true;
-                assert!(unique(&spec.devices) && spec.devices.len() == spec.manifest.devices.len());
-                check_manifest(&spec.manifest);
+                assert!(unique(&spec.devices));
+                if let RestoreSource::Stream(manifest) = &spec.source {
+                    assert_eq!(spec.devices.len(), manifest.devices.len());
+                    check_manifest(manifest);
+                }
             }
             Err(invalid) => assert!(short(&invalid), "{invalid}"),
         }

@@ -6,7 +6,8 @@
 //!   unfinished operations --> taken up
 //!   devices that no operation claims --> back to RUNNING with their state, unless left stopped on request
 //! ```
-//! Nothing is served before all of it is done: whoever calls an agent finds every device in a state that has a name.
+//! Nothing is served before all of it is done: whoever calls an agent finds every device in a state that has a name. Only
+//! a kept device whose process does not answer is not waited for; the operations that claim it wait for it, unfinished.
 //!
 //! # Failure paths
 //! A journal or a holder that cannot be used ends the agent before a device is touched. A device that cannot be opened
@@ -28,8 +29,9 @@ use crate::failpoint::reached;
 use crate::journal::{DeviceRecord, Journal, JournalError};
 use crate::operation::{Entry, Operations, Unfinished};
 use crate::registry::keeper::{Keeper, KeeperError};
-use crate::registry::opening::{Arrived, Opener, bring_back_unclaimed, retry_unavailable};
+use crate::registry::opening::{Arrival, Opener, bring_back_unclaimed, retry_unavailable};
 use crate::registry::{Registry, Slot};
+use crate::stores::{Stores, StoresError};
 
 /// Why an agent cannot begin. No device was touched.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +45,9 @@ pub enum BootError {
         "the agent cannot begin without its holder, which may be keeping devices that opening would reset"
     )]
     Keeper(#[from] KeeperError),
+    /// A store.
+    #[error(transparent)]
+    Stores(#[from] StoresError),
     /// A device's name.
     #[error("the device name `{name}` in the configuration")]
     Name {
@@ -65,6 +70,7 @@ pub enum BootError {
 
 /// Brings an agent up to where it can be served. What it does in the background ends with its tasks.
 pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<Arc<Core>, BootError> {
+    let stores = Stores::new(&config, &environment)?;
     let (journal, recorded) = {
         let (folder, executor) = (config.node.state_dir.clone(), Arc::clone(&environment.executor));
         let opened = environment.blocking("journal-open", move || {
@@ -118,8 +124,15 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
     }
     let operations = Operations::new(entries, recorded.requests);
     let registry = Registry::new(slots, revision);
-    let core =
-        Arc::new(Core::new(config, environment, journal.clone(), registry, operations, keeper.clone()));
+    let core = Arc::new(Core::new(
+        config,
+        environment,
+        journal.clone(),
+        registry,
+        operations,
+        keeper.clone(),
+        stores,
+    ));
     let opener = Opener {
         environment: core.environment.clone(),
         journal,
@@ -136,28 +149,42 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
     }
     let arriving = core.registry.all().map(|slot| {
         let (opener, before) = (&opener, before.get(slot.name()).cloned());
-        async move { (slot.name().clone(), opener.bring_in(slot, before).await) }
+        let tasks = &core.tasks;
+        async move { (slot.name().clone(), opener.begin(slot, before, tasks).await) }
     });
-    let arrived: BTreeMap<DeviceName, Arrived> = join_all(arriving).await.into_iter().collect();
+    let arriving: BTreeMap<DeviceName, Arrival> = join_all(arriving).await.into_iter().collect();
     reached(format_args!("boot: devices in"));
 
     join_all(unfinished.into_iter().map(|unfinished| {
-        let how = |name| arrived.get(name).copied().unwrap_or(Arrived::Not);
-        let arrived: Vec<Arrived> = unfinished.entry.device_names().map(how).collect();
-        let core = &core;
-        async move { core.take_up(unfinished, &arrived).await }
+        let (core, arriving) = (&core, &arriving);
+        async move { core.take_up(unfinished, arriving).await }
     }))
     .await;
     reached(format_args!("boot: operations taken up"));
     join_all(core.registry.all().map(|slot| bring_back_unclaimed(&core, slot))).await;
     reached(format_args!("boot: done"));
 
-    core.tasks.spawn(retry_unavailable(Arc::clone(&core), opener, before));
+    core.tasks.spawn(retry_unavailable(Arc::clone(&core), opener, before, arriving));
     core.tasks.spawn(forget_finished(Arc::clone(&core)));
+    core.tasks.spawn(try_journal(Arc::clone(&core)));
+    let collecting = Arc::clone(&core);
+    core.tasks.spawn(async move { collecting.stores.collect().await });
     if let Some(keeper) = keeper {
         core.tasks.spawn(keeper.look_after(core.environment.clone()));
     }
     Ok(core)
+}
+
+/// While the journal cannot be written, tries it: who stays away from an agent that is not serving brings it no commit by
+/// which it would find out that it can be written again.
+async fn try_journal(core: Arc<Core>) {
+    const EVERY: std::time::Duration = std::time::Duration::from_secs(3);
+    let mut failing = core.journal.failing();
+    while failing.wait_for(|failing| *failing).await.is_ok() {
+        core.environment.sleep(EVERY).await;
+        // The journal itself tells how that went.
+        let _ = core.journal.commit(Vec::new()).await;
+    }
 }
 
 /// Forgets what ended long ago, for as long as the agent lives.

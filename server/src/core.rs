@@ -14,6 +14,7 @@ use crate::journal::{Change, Journal};
 use crate::operation::Operations;
 use crate::registry::Registry;
 use crate::registry::keeper::Keeper;
+use crate::stores::Stores;
 
 /// The agent without its doors.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub struct Core {
     pub operations: Operations,
     /// The holder that keeps its devices, where there is one.
     pub keeper: Option<Keeper>,
+    /// Its stores of checkpoints.
+    pub stores: Stores,
     /// What runs on its behalf.
     pub tasks: Tasks,
     ending: AtomicBool,
@@ -76,9 +79,10 @@ impl Core {
         registry: Registry,
         operations: Operations,
         keeper: Option<Keeper>,
+        stores: Stores,
     ) -> Self {
         let (tasks, ending, alive) = (Tasks::default(), AtomicBool::new(false), watch::Sender::new(()));
-        Self { config, environment, journal, registry, operations, keeper, tasks, ending, alive }
+        Self { config, environment, journal, registry, operations, keeper, stores, tasks, ending, alive }
     }
 
     /// Ready once nobody has the agent any more, and what it had is closed.

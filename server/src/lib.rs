@@ -29,5 +29,6 @@ pub mod registry;
 pub mod rpc;
 pub mod security;
 pub mod serve;
+pub mod stores;
 pub mod telemetry;
 pub mod transfer;

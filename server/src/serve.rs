@@ -96,6 +96,7 @@ pub struct Agent {
     address: SocketAddr,
     health_address: Option<SocketAddr>,
     reporter: HealthReporter,
+    telling: JoinHandle<()>,
     tls: TlsSource,
     policy: PolicyHandle,
     peers: PeerRegistry,
@@ -177,6 +178,7 @@ impl Agent {
         let serving =
             tokio::spawn(routes.serve_with_incoming_shutdown(listener.incoming(), said(stopped.clone())));
 
+        let telling = tokio::spawn(tell_of_journal(core.journal.failing(), reporter.clone()));
         let mut helpers = Vec::new();
         let interval = config.tls.reload_interval.unwrap_or(DEFAULT_RELOAD);
         helpers.push(tokio::spawn(tls.clone().poll(interval)));
@@ -190,7 +192,19 @@ impl Agent {
             devices = config.devices.len(),
             "serving"
         );
-        Ok(Self { core, address, health_address, reporter, tls, policy, peers, stop, serving, helpers })
+        Ok(Self {
+            core,
+            address,
+            health_address,
+            reporter,
+            telling,
+            tls,
+            policy,
+            peers,
+            stop,
+            serving,
+            helpers,
+        })
     }
 
     /// Where it is served.
@@ -236,9 +250,12 @@ impl Agent {
     /// devices, and is undone where none does. When this returns its connections and tasks are over and its journal is
     /// closed: another agent can begin.
     pub async fn stop(self) -> Result<(), ServeError> {
-        let Self { core, reporter, peers, stop, mut serving, helpers, .. } = self;
+        let Self { core, reporter, telling, peers, stop, mut serving, helpers, .. } = self;
         let grace = core.config.server.shutdown_grace;
         core.begin_ending();
+        telling.abort();
+        // That it is over is all that is of interest: from here on nobody else says how the agent is.
+        let _ = telling.await;
         set_not_serving(&reporter).await;
         tokio::select! {
             () = undo_all(&core) => {}
@@ -340,6 +357,20 @@ async fn set_serving(reporter: &HealthReporter) {
     reporter.set_serving::<OperationServiceServer<OperationsService>>().await;
 }
 
+/// Says that the agent is not serving while its journal cannot be written: it refuses whatever is new.
+async fn tell_of_journal(mut failing: watch::Receiver<bool>, reporter: HealthReporter) {
+    // It ends with the journal.
+    while failing.changed().await.is_ok() {
+        let fails = *failing.borrow_and_update();
+        if fails {
+            set_not_serving(&reporter).await;
+        } else {
+            reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+            set_serving(&reporter).await;
+        }
+    }
+}
+
 /// Ends the calls of those who watch it.
 async fn clear_status(mut reporter: HealthReporter) {
     for service in [
@@ -374,7 +405,8 @@ async fn undo_all(core: &Core) {
     loop {
         let mut left = 0;
         for entry in core.operations.active() {
-            if entry.view().phase == Phase::Held && is_kept(&entry) {
+            // Nobody can undo anything on a device that does not answer: the next agent takes it up.
+            if entry.signals.waits_for_device() || entry.view().phase == Phase::Held && is_kept(&entry) {
                 continue;
             }
             left += 1;

@@ -246,6 +246,8 @@ pub(crate) fn restore_into(devices: &[&str], saved: &Saved) -> v1::RestoreReques
     v1::RestoreRequest {
         devices: devices.iter().map(|name| format!("devices/{name}")).collect(),
         manifest: Some(saved.manifest.clone().into()),
+        // The saves of these tests leave their devices running.
+        allow_fork: true,
         ..Default::default()
     }
 }

@@ -2,7 +2,16 @@
 //!
 //! The disk is made to fail by a fail point in the agent's own journal; all else is as it is served.
 
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
 use tonic::Code;
+use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 use vfio_checkpoint_client::transfer::TakeState;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::State;
@@ -260,4 +269,90 @@ async fn a_reset_that_an_agent_did_not_live_to_record_is_told_as_unknown() {
     assert!(admin.reset_device(reset(v1::ResetMode::DiscardState, 2)).await.unwrap().state_lost);
     drop(admin);
     node.stop().await;
+}
+
+/// A file system of its own that a test can fill, where the test may mount one.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let mut mount = Command::new("mount");
+        let mount = mount.args(["-t", "tmpfs", "-o", "size=4m", "tmpfs"]).arg(at).stderr(Stdio::null());
+        mount.status().is_ok_and(|status| status.success()).then(|| Self(at.to_owned()))
+    }
+
+    /// Takes the last byte.
+    fn fill(&self) {
+        let mut filler = OpenOptions::new().append(true).create(true).open(self.0.join("filler")).unwrap();
+        while filler.write_all(&[1; 4096]).is_ok() {}
+        assert_eq!(filler.write_all(&[1]).unwrap_err().kind(), ErrorKind::StorageFull);
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.0.join("filler")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: the agent of a test that failed may have the journal still.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+/// Waits until the agent says so of itself.
+async fn is_told(health: &mut HealthClient<Channel>, wanted: ServingStatus) {
+    let request = HealthCheckRequest { service: String::new() };
+    let mut told = health.watch(request).await.unwrap().into_inner();
+    while soon(told.message()).await.unwrap().unwrap().status() != wanted {}
+}
+
+/// The disk is full for a while. As root it is a real one; else the journal is told that it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_whose_disk_was_full_works_again_without_a_restart() {
+    let (lab, mut config, bench) = one();
+    config.server.health_listen = Some("127.0.0.1:0".parse().unwrap());
+    let disk = SmallDisk::mount(&config.node.state_dir);
+    let agent = start(config.clone()).await;
+    let saver = at_once(lab.client(&agent, "saver").await);
+    let health = Channel::from_shared(format!("http://{}", agent.health_address().unwrap())).unwrap();
+    let mut health = HealthClient::new(health.connect().await.unwrap());
+    is_told(&mut health, ServingStatus::Serving).await;
+    let digests = save(&saver, &["n0"]).await.digests();
+
+    for round in 0..2 {
+        let told = disk.is_none().then(|| [failing(&config, "ADMITTED", 0), failing(&config, "devices", 0)]);
+        // What the file has room for in itself is taken up by the first ones.
+        let refusal = loop {
+            if let Some(disk) = &disk {
+                disk.fill();
+            }
+            match saver.start_save(save_of(&["n0"])).await {
+                Ok(started) => {
+                    let name = started.operation.unwrap().name;
+                    saver.cancel_operation(cancel(&name)).await.unwrap();
+                }
+                Err(_) => {
+                    break refused(
+                        saver.start_save(save_of(&["n0"])).await,
+                        Code::Unavailable,
+                        "JOURNAL_FAILED",
+                    );
+                }
+            }
+        };
+        assert!(refusal.message.contains("nothing was done"), "{round}: {refusal}");
+        is_told(&mut health, ServingStatus::NotServing).await;
+        assert_eq!((bench.device.state(), bench.device.resets()), (State::Running, 0), "{round}");
+        drop(told);
+        if let Some(disk) = &disk {
+            disk.free();
+        }
+        // Nobody calls it meanwhile.
+        is_told(&mut health, ServingStatus::Serving).await;
+        soon(async { while !device(&saver, "n0").await.operation.is_empty() {} }).await;
+        assert_eq!(save(&saver, &["n0"]).await.digests(), digests, "{round}");
+    }
+    agent.stop().await.unwrap();
 }

@@ -29,5 +29,7 @@ mod roles;
 mod rude;
 mod save_restore;
 mod saves;
+mod stored;
 mod streams;
+mod told;
 mod unrecorded;

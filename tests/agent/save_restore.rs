@@ -42,6 +42,7 @@ async fn a_state_goes_out_and_comes_back_into_another_device() {
         .restore(v1::RestoreRequest {
             devices: vec!["devices/nic1".to_owned()],
             manifest: Some(manifest.into()),
+            allow_fork: true,
             ..Default::default()
         })
         .await

@@ -23,6 +23,7 @@ mod environment;
 #[allow(dead_code, reason = "shared with the tests of the agent, which use all of it")]
 mod lab;
 mod python;
+mod s3;
 
 use serde_json::{Value, json};
 use vfio_checkpoint_server::serve::Agent;

@@ -128,6 +128,7 @@ impl Job {
             let request = v1::RestoreRequest {
                 devices: self.devices(),
                 manifest: Some(manifest),
+                allow_fork: true,
                 after: after.into(),
                 hold_timeout: self.hold_timeout,
                 request_id: self.request_id.clone(),

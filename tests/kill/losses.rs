@@ -1,5 +1,8 @@
 //! The agent is killed, and something else is lost: the holder, a device process, or the time.
 
+use std::fs;
+
+use rustix::process::Signal;
 use serde_json::Value;
 use vfio_checkpoint_proto::v1;
 
@@ -159,6 +162,109 @@ async fn half_of_a_set_is_not_the_set() {
         assert_eq!(world.contents(&client).await, [content, Content::Fresh]);
     }
     figure("2 sets of which half was lost: failed, and the other half runs");
+}
+
+/// The journal is lost with the agent, and the holder has the devices still. One was left stopped on request, the other
+/// carries a state that was restored and held: neither runs before somebody says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_no_journal_knows_waits_for_somebody_to_decide() {
+    for (kind, point, state) in [
+        (Kind::StoppedSave, "after commit of ENDED", v1::MigrationState::Stop),
+        (Kind::HeldSave, "after commit of HELD", v1::MigrationState::Stop),
+        (Kind::HeldRestore, "after commit of HELD", v1::MigrationState::Resuming),
+    ] {
+        let mut world = World::new(1, true).await;
+        kill_at(&mut world, &Job::new(kind, 1).that_waits(), point).await;
+        fs::remove_dir_all(world.config().node.state_dir).unwrap();
+        for life in ["first", "second"] {
+            world.start().await;
+            let client = world.client().await;
+            let device = world.devices(&client).await.remove(0);
+            assert_eq!(device.standing(), v1::DeviceStanding::Quarantined, "{kind:?}, {life}: {device:?}");
+            assert_eq!(device.state(), state, "{kind:?}, {life}: {device:?}");
+            if life == "first" {
+                world.kill_agent();
+            }
+        }
+        let client = world.client().await;
+        let reset = |mode: v1::ResetMode| v1::ResetDeviceRequest {
+            name: "devices/nic0".to_owned(),
+            mode: mode.into(),
+            ..Default::default()
+        };
+        let kept = client.reset_device(reset(v1::ResetMode::KeepState)).await;
+        let content = if kind == Kind::HeldRestore {
+            // Whether it was loaded whole is on no record: it can be given up, and nothing else.
+            kept.unwrap_err();
+            assert!(client.reset_device(reset(v1::ResetMode::DiscardState)).await.unwrap().state_lost);
+            Content::Fresh
+        } else {
+            assert!(!kept.unwrap().state_lost);
+            Content::Own
+        };
+        let device = world.devices(&client).await.remove(0);
+        assert_eq!(device.standing(), v1::DeviceStanding::Ready, "{device:?}");
+        assert_eq!(world.contents(&client).await, [content], "{kind:?}");
+    }
+    figure("3 devices whose journal was lost: quarantined until somebody decided");
+}
+
+/// A device process stands still while the agent is killed and comes back, twice. That is no answer: nothing is lost, what
+/// claims the device stays unfinished, and what nobody claims stays as it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_does_not_answer_keeps_its_state_and_its_operation() {
+    for (kind, point, found) in [
+        (Kind::HeldSave, "after commit of HELD", Found::Held),
+        (Kind::StoppedSave, "after commit of ENDED", Found::Ended),
+        (Kind::Save, "save: Draining", Found::Undone),
+        (Kind::HeldRestore, "after commit of HELD", Found::Held),
+    ] {
+        let mut world = World::new(2, true).await;
+        let job = Job::new(kind, 2);
+        kill_at(&mut world, &job, point).await;
+        world.limit_calls("2s");
+        world.signal_device(0, Signal::STOP);
+        for life in ["first", "second"] {
+            world.start().await;
+            eprintln!("{kind:?}, {life} life");
+            let client = world.client().await;
+            let device = world.devices(&client).await.remove(0);
+            assert_eq!(device.standing(), v1::DeviceStanding::Unavailable, "{device:?}");
+            assert!(device.standing_detail.contains("does not answer"), "{device:?}");
+            let operation = job.begin(&client, world.manifest.as_ref()).await.unwrap();
+            assert_eq!(operation.done, found == Found::Ended, "{operation:?}");
+            if found != Found::Ended {
+                assert_eq!(device.operation, operation.name, "{device:?}");
+            }
+            if life == "first" {
+                world.kill_agent();
+            }
+        }
+        world.signal_device(0, Signal::CONT);
+        world.agent().wait_for("the device", |line| line.contains("open now").then_some(())).await;
+        check(&world, &job, found, true).await;
+    }
+    figure("8 starts with a device that did not answer: it kept its state, and its operation went on");
+}
+
+/// The process that stood still is ended: now its device is known to be lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_did_not_answer_is_lost_once_its_process_has_ended() {
+    let mut world = World::new(1, true).await;
+    let job = Job::new(Kind::HeldSave, 1);
+    kill_at(&mut world, &job, "after commit of HELD").await;
+    world.limit_calls("2s");
+    world.signal_device(0, Signal::STOP);
+    world.start().await;
+    let client = world.client().await;
+    let name = job.begin(&client, None).await.unwrap().name;
+    world.kill_device(0);
+    let ended = done(&client, &name).await.unwrap();
+    state_lost(Found::Held, &ended);
+    let message = ended.failure.unwrap().message;
+    assert!(message.contains("devices/nic0 is not open"), "{message}");
+    assert!(!message.contains("run a holder"), "{message}");
+    figure("1 device that did not answer and whose process ended: lost, and told so then");
 }
 
 /// A device that is taken out of the configuration stays with the holder, and the agent says so, and what to do.

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_device::sim::SimDevice;
@@ -127,6 +128,18 @@ impl World {
 
     pub(crate) fn put_device(&mut self, index: usize, process: Process) {
         self.devices.insert(index, process);
+    }
+
+    /// A device process stands still, or goes on.
+    pub(crate) fn signal_device(&self, index: usize, signal: Signal) {
+        self.devices[index].signal(signal);
+    }
+
+    /// The next agent waits no longer than this for a call on a device.
+    pub(crate) fn limit_calls(&self, limit: &str) {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let line = format!("limits.device_call_timeout = \"{limit}\"\n");
+        fs::write(&self.config, line + &config).unwrap();
     }
 
     pub(crate) fn write_config(&self, names: &[String], with_holder: bool) {

@@ -2,7 +2,7 @@
 //! table here; anything else is a failure.
 //!
 //! ```text
-//!   seal, fsm <- device <- server        seal <- proto <- client <- server        tests -> all
+//!   seal, fsm <- device <- server    seal <- store <- client    seal <- proto <- client <- server    tests -> all
 //! ```
 
 #![allow(
@@ -25,7 +25,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
     ("vfio-checkpoint-device", &["vfio-checkpoint-fsm", "vfio-checkpoint-seal"]),
     ("vfio-checkpoint-store", &["vfio-checkpoint-seal"]),
     ("vfio-checkpoint-proto", &["vfio-checkpoint-seal"]),
-    ("vfio-checkpoint-client", &["vfio-checkpoint-proto", "vfio-checkpoint-seal"]),
+    ("vfio-checkpoint-client", &["vfio-checkpoint-proto", "vfio-checkpoint-seal", "vfio-checkpoint-store"]),
     (
         "vfio-checkpoint-server",
         &[
@@ -34,6 +34,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
             "vfio-checkpoint-fsm",
             "vfio-checkpoint-proto",
             "vfio-checkpoint-seal",
+            "vfio-checkpoint-store",
         ],
     ),
     (
@@ -45,6 +46,7 @@ const ALLOWED: [(&str, &[&str]); 8] = [
             "vfio-checkpoint-proto",
             "vfio-checkpoint-seal",
             "vfio-checkpoint-server",
+            "vfio-checkpoint-store",
         ],
     ),
 ];

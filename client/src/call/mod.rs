@@ -13,6 +13,7 @@
 //! Failure paths: see [`CallError`].
 
 mod error;
+mod health;
 mod ids;
 mod retry;
 
@@ -25,12 +26,15 @@ use tokio::time::{Instant, timeout_at};
 use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::checkpoint_service_client::CheckpointServiceClient;
 use vfio_checkpoint_proto::v1::device_service_client::DeviceServiceClient;
 use vfio_checkpoint_proto::v1::operation_service_client::OperationServiceClient;
 
 pub use error::{CallError, FieldProblem, Refusal, Violation, code_name, printable};
+pub use health::{Health, Serving};
 pub use ids::{BadTraceParent, TraceParent, new_request_id};
 pub use retry::RetryPolicy;
 
@@ -112,6 +116,15 @@ unary! {
     /// Ends a hold.
     CheckpointServiceClient.resume = "Resume" (ResumeRequest) -> ResumeResponse,
         repeatable: |_request| false;
+    /// One checkpoint of a store.
+    CheckpointServiceClient.get_checkpoint = "GetCheckpoint" (GetCheckpointRequest) -> GetCheckpointResponse,
+        repeatable: |_request| true;
+    /// One page of a store's checkpoints.
+    CheckpointServiceClient.list_checkpoints = "ListCheckpoints" (ListCheckpointsRequest) -> ListCheckpointsResponse,
+        repeatable: |_request| true;
+    /// Deletes a checkpoint. It is never repeated: where an answer was lost, the next would say that there is none.
+    CheckpointServiceClient.delete_checkpoint = "DeleteCheckpoint"
+        (DeleteCheckpointRequest) -> DeleteCheckpointResponse, repeatable: |_request| false;
     /// Reads one operation.
     OperationServiceClient.get_operation = "GetOperation" (GetOperationRequest) -> GetOperationResponse,
         repeatable: |_request| true;
@@ -183,6 +196,31 @@ impl Client {
         .await
     }
 
+    /// Reads all of a checkpoint and compares every digest: how far that is, and what was found last.
+    pub async fn verify_checkpoint(
+        &self,
+        request: v1::VerifyCheckpointRequest,
+    ) -> Result<Watch<v1::VerifyCheckpointResponse>, CallError> {
+        let service = CheckpointServiceClient::new(self.channel.clone());
+        self.watch("VerifyCheckpoint", request, |request| {
+            let mut service = service.clone();
+            async move { service.verify_checkpoint(request).await }
+        })
+        .await
+    }
+
+    /// How the agent says it is.
+    pub async fn health(&self) -> Result<Health, CallError> {
+        let service = HealthClient::new(self.channel.clone());
+        let request = HealthCheckRequest { service: String::new() };
+        let call = |request| {
+            let mut service = service.clone();
+            async move { service.check(request).await }
+        };
+        let answer = self.attempts("Check", self.options.deadline, request, true, true, call).await?;
+        Ok(Health::read(&answer))
+    }
+
     async fn watch<Q, R, F>(
         &self,
         rpc: &'static str,
@@ -193,8 +231,8 @@ impl Client {
         Q: Clone,
         F: Future<Output = Result<Response<Streaming<R>>, Status>>,
     {
-        let stream = self.attempts(rpc, self.options.deadline, message, true, false, call).await?;
-        Ok(Watch { rpc, stream, client: self.clone() })
+        let answer = self.attempts(rpc, self.options.deadline, message, true, false, call).await?;
+        Ok(Watch { rpc, stream: answer.into_inner(), client: self.clone() })
     }
 
     async fn unary<Q, R, F>(
@@ -209,7 +247,7 @@ impl Client {
         Q: Clone,
         F: Future<Output = Result<Response<R>, Status>>,
     {
-        self.attempts(rpc, limit, message, is_repeatable, true, call).await
+        self.attempts(rpc, limit, message, is_repeatable, true, call).await.map(Response::into_inner)
     }
 
     async fn attempts<Q, R, F>(
@@ -220,7 +258,7 @@ impl Client {
         is_repeatable: bool,
         has_wire_deadline: bool,
         call: impl Fn(Request<Q>) -> F,
-    ) -> Result<R, CallError>
+    ) -> Result<Response<R>, CallError>
     where
         Q: Clone,
         F: Future<Output = Result<Response<R>, Status>>,
@@ -235,7 +273,7 @@ impl Client {
             call(request)
         });
         match timeout_at(deadline, attempts).await {
-            Ok(Ok(response)) => Ok(response.into_inner()),
+            Ok(Ok(response)) => Ok(response),
             Ok(Err(_)) if Instant::now() >= deadline => Err(CallError::Deadline { rpc, after: limit }),
             Ok(Err(status)) => Err(self.failed(rpc, &status)),
             Err(_) => Err(CallError::Deadline { rpc, after: limit }),

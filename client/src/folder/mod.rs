@@ -32,7 +32,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags, openat};
 
 pub use error::FolderError;
-pub use manifest::{Consistency, FolderManifest, SavedDevice};
+pub use manifest::{FolderManifest, SavedDevice};
 pub use reader::{ChunkReader, FolderReader};
 pub use writer::{Existing, FolderWriter, check_free, set_consistency};
 

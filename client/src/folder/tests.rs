@@ -9,6 +9,7 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_seal::{SealHasher, Verifier};
 
 use super::*;
+use crate::document::Consistency;
 
 fn manifest(devices: usize) -> v1::CheckpointManifest {
     v1::CheckpointManifest {

@@ -18,11 +18,12 @@ use tokio::task::JoinHandle;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_seal::{StreamMark, VerifiedChunk, VerifiedSeal};
 
-use super::manifest::{Consistency, FORMAT_VERSION, FolderManifest, Manifest, SavedDevice};
+use super::manifest::{FORMAT_VERSION, FolderManifest, SavedDevice};
 use super::{
     Folder, FolderError, MANIFEST_FILE, MANIFEST_TEMPORARY, MAX_DEVICES, MAX_MANIFEST_BYTES, QUEUED_CHUNKS,
     is_ours, off_runtime, reader, state_file,
 };
+use crate::document::{Consistency, Manifest};
 
 /// How much is written before it is brought to the disk, so that the last sync finds little left to do.
 const SYNC_STEP_BYTES: u64 = 64 * 1024 * 1024;

@@ -22,6 +22,9 @@ pub enum TransferError {
     /// The other side neither sent nor read anything for too long.
     #[error("nothing moved on the stream for {} ms", .0.as_millis())]
     Idle(Duration),
+    /// The taker has all state, and did not say in time that it is durable.
+    #[error("the taker did not say within {} ms that the checkpoint is durable", .0.as_millis())]
+    NotSealed(Duration),
     /// What was given is not what was said to be given. Its seal was not sent.
     #[error("device {device}: {source}")]
     Changed {

@@ -6,6 +6,10 @@
 //!        Ack -> counted | Cutover -> CutoverSignal | Abort -> AbortedByPeer | else -> Protocol
 //! ```
 //!
+//! A taker that is heard but makes no room is no better than a silent one: devices may stand still for it. So what is
+//! heard moves no deadline of `room`, unless it acknowledges something new; and how long a taker may say that it is at
+//! work on its checkpoint is the caller's to limit, with [`Giver::completed_within`].
+//!
 //! Invariants: a frame is made only when there is room for it, so a call that is dropped leaves no gap in the numbers.
 //! A giver is complete only after the taker said so, of every frame and every seal.
 //!
@@ -13,10 +17,12 @@
 //! brings out nothing, send [`Giver::progress`].
 
 use std::pin::pin;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc::OwnedPermit;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tokio_stream::StreamExt;
 use vfio_checkpoint_proto::domain::{ConfigSpaceCapture, Progress};
 use vfio_checkpoint_proto::stream::{GiverEvent, GiverSide, Job, Phase};
@@ -150,7 +156,14 @@ impl Giver {
         }
     }
 
-    /// Waits until the taker has all state of all devices verified and durable. Cancel-safe.
+    /// Waits until the taker has all state of all devices verified and durable, for at most this long: it may say now
+    /// and then that it is still at work. Cancel-safe, but the time begins anew with each call.
+    pub async fn completed_within(&mut self, limit: Duration) -> Result<(), TransferError> {
+        timeout(limit, self.completed()).await.unwrap_or(Err(TransferError::NotSealed(limit)))
+    }
+
+    /// Waits until the taker has all state of all devices verified and durable, for as long as it is heard and the stream
+    /// lives. Cancel-safe.
     pub async fn completed(&mut self) -> Result<(), TransferError> {
         while self.side.phase() != Phase::Complete {
             let heard = self.clock.wait(self.incoming.next()).await?;
@@ -173,8 +186,9 @@ impl Giver {
         };
         let mut room = pin!(outgoing.reserve_owned());
         let mut can_send = true;
+        let mut deadline = self.clock.idle_deadline();
         loop {
-            let event = self.clock.wait(async {
+            let event = self.clock.wait_until(deadline, async {
                 tokio::select! {
                     // What the taker has said comes first: an abort that is there already must not be overtaken.
                     biased;
@@ -183,7 +197,13 @@ impl Giver {
                 }
             });
             match event.await? {
-                Event::Heard(heard) => self.hear(heard)?,
+                Event::Heard(heard) => {
+                    let acked = self.side.acked();
+                    self.hear(heard)?;
+                    if self.side.acked() > acked {
+                        deadline = self.clock.idle_deadline();
+                    }
+                }
                 Event::Room(room) => return Ok(room),
                 // Whoever carried messages away has stopped; why is about to come in.
                 Event::NobodySends => can_send = false,

@@ -112,7 +112,21 @@ impl Clock {
 
     /// Waits for the other side, but not for longer than `idle_timeout` nor beyond the stream's lifetime.
     pub(super) async fn wait<T>(&self, event: impl Future<Output = T>) -> Result<T, TransferError> {
-        match timeout_at(self.end.min(Instant::now() + self.idle), event).await {
+        self.wait_until(self.idle_deadline(), event).await
+    }
+
+    /// When the other side has been silent for too long, from now on.
+    pub(super) fn idle_deadline(&self) -> Instant {
+        Instant::now() + self.idle
+    }
+
+    /// The same, with a deadline that was taken before.
+    pub(super) async fn wait_until<T>(
+        &self,
+        deadline: Instant,
+        event: impl Future<Output = T>,
+    ) -> Result<T, TransferError> {
+        match timeout_at(self.end.min(deadline), event).await {
             Ok(value) => Ok(value),
             Err(_) if Instant::now() >= self.end => Err(TransferError::Lifetime(self.lifetime)),
             Err(_) => Err(TransferError::Idle(self.idle)),

@@ -21,7 +21,8 @@
 //!
 //! Failure paths: the connection ends ([`TransferError::Broken`]), the other side gives up
 //! ([`TransferError::AbortedByPeer`]), it breaks the protocol ([`TransferError::Protocol`]), it is silent or does not
-//! read for `idle_timeout` ([`TransferError::Idle`]), or `lifetime` is over ([`TransferError::Lifetime`]).
+//! read for `idle_timeout` ([`TransferError::Idle`]), it does not complete in time ([`TransferError::NotSealed`]), or `lifetime`
+//! is over ([`TransferError::Lifetime`]).
 
 mod error;
 mod give;

@@ -95,7 +95,13 @@ impl Taker {
         };
         match tokio::time::timeout(GOODBYE, ending).await {
             Ok(
-                Ok(()) | Err(TransferError::Broken(_) | TransferError::Idle(_) | TransferError::Lifetime(_)),
+                Ok(())
+                | Err(
+                    TransferError::Broken(_)
+                    | TransferError::Idle(_)
+                    | TransferError::NotSealed(_)
+                    | TransferError::Lifetime(_),
+                ),
             )
             | Err(_) => Ok(()),
             Ok(Err(

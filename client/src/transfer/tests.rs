@@ -298,6 +298,87 @@ async fn silence_ends_it_after_the_idle_limit_and_not_before() {
     assert_eq!(begin.elapsed().as_secs(), 3 * IDLE.as_secs());
 }
 
+/// Says that it is there, and nothing else, for ever.
+fn heartbeat(wire: &Wire, next_sequence: u64) -> tokio::task::JoinHandle<()> {
+    let send = wire.send.clone();
+    tokio::spawn(async move {
+        while send.send(Ok(StreamMessage { kind: Some(ack(next_sequence, false)) })).await.is_ok() {
+            tokio::time::sleep(IDLE / 3).await;
+        }
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_taker_that_only_says_that_it_is_there_makes_no_room() {
+    let (link, wire) = wire();
+    let mut giver = Giver::new(link, terms());
+    for step in 0..LINK_FRAMES {
+        give(&mut giver, step).await.unwrap();
+    }
+    let beating = heartbeat(&wire, 0);
+    let begin = tokio::time::Instant::now();
+    let error =
+        tokio::time::timeout(10 * IDLE, give(&mut giver, LINK_FRAMES)).await.expect("it ends").unwrap_err();
+    assert!(matches!(error, TransferError::Idle(IDLE)), "{error}");
+    assert_eq!(begin.elapsed().as_secs(), IDLE.as_secs());
+    beating.abort();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_acknowledged_anew_is_a_sign_of_life() {
+    let (link, wire) = wire();
+    let mut giver = Giver::new(link, terms());
+    for step in 0..LINK_FRAMES {
+        give(&mut giver, step).await.unwrap();
+    }
+    let send = wire.send.clone();
+    let acking = tokio::spawn(async move {
+        for next_sequence in 1..=LINK_FRAMES as u64 {
+            tokio::time::sleep(IDLE * 2 / 3).await;
+            send.send(Ok(StreamMessage { kind: Some(ack(next_sequence, false)) })).await.unwrap();
+        }
+    });
+    let begin = tokio::time::Instant::now();
+    let error = give(&mut giver, LINK_FRAMES).await.unwrap_err();
+    assert!(matches!(error, TransferError::Idle(IDLE)), "{error}");
+    assert_eq!(begin.elapsed(), IDLE * 2 / 3 * u32::try_from(LINK_FRAMES).unwrap() + IDLE);
+    acking.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_taker_may_say_for_so_long_that_it_is_at_work_on_its_checkpoint() {
+    let limit = 5 * IDLE;
+    for completes in [true, false] {
+        let (link, mut wire) = wire();
+        let mut giver = Giver::new(link, terms());
+        for device in 0..2 {
+            giver.seal(device, None).await.unwrap();
+            wire.receive.recv().await.unwrap();
+        }
+        let beating = heartbeat(&wire, 2);
+        let send = wire.send.clone();
+        let completing = tokio::spawn(async move {
+            tokio::time::sleep(4 * IDLE).await;
+            if completes {
+                send.send(Ok(StreamMessage { kind: Some(ack(2, true)) })).await.unwrap();
+            }
+        });
+        let begin = tokio::time::Instant::now();
+        match giver.completed_within(limit).await {
+            Ok(()) => assert!(completes),
+            Err(error) => {
+                assert!(
+                    !completes && matches!(error, TransferError::NotSealed(after) if after == limit),
+                    "{error}"
+                );
+                assert_eq!(begin.elapsed(), limit);
+            }
+        }
+        beating.abort();
+        completing.await.unwrap();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_keeps_talking_ends_with_its_lifetime() {
     let (mut giver, mut taker) = pair();

@@ -11,6 +11,7 @@ use vfio_checkpoint_proto::v1;
 
 use crate::pki::{Ca, agent_names, config};
 use crate::server::Agent;
+use crate::shelf::checkpoint;
 
 pub(crate) async fn client(agent: &Agent) -> Client {
     let ca = Ca::new("one");
@@ -132,4 +133,29 @@ async fn an_agent_that_goes_away_is_told_by_what_the_connection_found() {
     assert!(matches!(error, CallError::NotConnected { .. }), "{error}");
     assert!(error.to_string().contains("refuses the connection"), "{error}");
     assert_eq!(agent.calls().len(), 1);
+}
+
+#[tokio::test]
+async fn reads_of_a_store_are_tried_again_and_a_deletion_is_not() {
+    let agent = Agent::default();
+    let client = client(&agent).await;
+    agent.shelf.checkpoints.lock().unwrap().push(checkpoint("1"));
+    let name = crate::shelf::name("1");
+    let again = |times| {
+        *agent.shelf.away.lock().unwrap() = away(times);
+        *agent.shelf.calls.lock().unwrap() = 0;
+    };
+    let calls = || *agent.shelf.calls.lock().unwrap();
+    again(2);
+    client.get_checkpoint(v1::GetCheckpointRequest { name: name.clone() }).await.unwrap();
+    assert_eq!(calls(), 3);
+    again(2);
+    client.list_checkpoints(v1::ListCheckpointsRequest::default()).await.unwrap();
+    assert_eq!(calls(), 3);
+    again(2);
+    client.verify_checkpoint(v1::VerifyCheckpointRequest { name: name.clone() }).await.unwrap();
+    assert_eq!(calls(), 3);
+    again(1);
+    let error = client.delete_checkpoint(v1::DeleteCheckpointRequest { name }).await.unwrap_err();
+    assert_eq!((error.refusal().unwrap().code, calls()), (Code::Unavailable, 1));
 }

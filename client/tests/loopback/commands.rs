@@ -2,74 +2,17 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::Stdio;
 
-use tempfile::TempDir;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
-use vfio_checkpoint_client::folder::{Consistency, FolderReader};
+use vfio_checkpoint_client::document::Consistency;
+use vfio_checkpoint_client::folder::FolderReader;
 use vfio_checkpoint_proto::v1;
 
-use crate::pki::{AGENT_ID, Ca, agent_names};
+use crate::pki::Ca;
 use crate::server::{Agent, state};
-
-struct Setup {
-    folder: TempDir,
-    port: u16,
-}
-
-impl Setup {
-    async fn new(agent: &Agent) -> Self {
-        let ca = Ca::new("one");
-        let address = agent.serve(&ca.server(agent_names()), &ca).await;
-        let folder = TempDir::new().unwrap();
-        let client = ca.client();
-        for (name, text) in [("ca", &ca.pem), ("cert", &client.certificate), ("key", &client.key)] {
-            std::fs::write(folder.path().join(name), text).unwrap();
-        }
-        Self { folder, port: address.port() }
-    }
-
-    fn path(&self, name: &str) -> std::path::PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vfioctl"));
-        command.args(line.split_whitespace()).current_dir(self.folder.path()).env_clear();
-        command.env("VFIOCTL_ENDPOINT", format!("https://localhost:{}", self.port));
-        command.env("VFIOCTL_SERVER_SPIFFE_ID", AGENT_ID);
-        for (variable, name) in [("VFIOCTL_CA", "ca"), ("VFIOCTL_CERT", "cert"), ("VFIOCTL_KEY", "key")] {
-            command.env(variable, name);
-        }
-        command
-    }
-
-    /// Runs it beside the server, which lives on this runtime.
-    async fn run(&self, line: &str) -> (i32, String, String) {
-        let mut command = self.command(line);
-        let Output { status, stdout, stderr } =
-            tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (status.code().unwrap(), text(stdout), text(stderr))
-    }
-}
-
-fn done(
-    result: v1::OperationResult,
-    outcome: v1::StateOutcome,
-    consistency: v1::CheckpointConsistency,
-) -> v1::Operation {
-    v1::Operation {
-        name: "operations/1".to_owned(),
-        done: true,
-        result: result.into(),
-        outcome: outcome.into(),
-        consistency: consistency.into(),
-        devices: vec![v1::OperationDevice { device: "devices/a".to_owned(), ..Default::default() }],
-        ..Default::default()
-    }
-}
+use crate::setup::{Setup, done};
 
 async fn consistency(path: &Path) -> Consistency {
     let reader = FolderReader::open(path).await.unwrap();
@@ -150,12 +93,9 @@ async fn an_agent_that_is_not_there_or_says_no_is_5() {
     assert!(err.contains("nowhere"), "{err}");
 }
 
-#[tokio::test]
-async fn ctrl_c_cancels_the_operation_and_tells_what_became_of_it() {
-    let agent = Agent::default();
-    agent.operation.lock().unwrap().name = "operations/1".to_owned();
-    let setup = Setup::new(&agent).await;
-    let mut command = setup.command("save a --output one");
+/// Interrupts it once it has said that it saves. Its exit code, and all that it said.
+async fn interrupted(setup: &Setup, line: &str) -> (Option<i32>, String) {
+    let mut command = setup.command(line);
     let interrupted = tokio::task::spawn_blocking(move || {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
@@ -167,11 +107,21 @@ async fn ctrl_c_cancels_the_operation_and_tells_what_became_of_it() {
         stderr.read_to_string(&mut said).unwrap();
         (child.wait().unwrap().code(), said)
     });
-    let (code, said) = interrupted.await.unwrap();
-    assert_eq!(code, Some(130), "{said}");
-    assert!(said.contains("was cancelled; the devices keep their state"), "{said}");
-    // Whole or not at all, whichever came first.
-    if setup.path("one").exists() {
-        assert_eq!(consistency(&setup.path("one")).await, Consistency::Inconsistent);
+    interrupted.await.unwrap()
+}
+
+#[tokio::test]
+async fn ctrl_c_cancels_the_operation_and_tells_what_became_of_it() {
+    for line in ["save a --output one", "save a --store local"] {
+        let agent = Agent::default();
+        agent.operation.lock().unwrap().name = "operations/1".to_owned();
+        let setup = Setup::new(&agent).await;
+        let (code, said) = interrupted(&setup, line).await;
+        assert_eq!(code, Some(130), "{said}");
+        assert!(said.contains("was cancelled; the devices keep their state"), "{said}");
+        // Whole or not at all, whichever came first.
+        if setup.path("one").exists() {
+            assert_eq!(consistency(&setup.path("one")).await, Consistency::Inconsistent);
+        }
     }
 }

@@ -9,7 +9,13 @@
 
 mod calls;
 mod commands;
+mod devices;
+mod devices_of_agent;
 mod handshakes;
+mod offline;
 mod pki;
 mod server;
+mod setup;
+mod shelf;
+mod stores;
 mod streams;

@@ -1,10 +1,12 @@
-//! A gRPC server on loopback that answers `StartSave` from a script and gives a stream of state.
+//! A gRPC server on loopback that answers `StartSave` from a script and gives a stream of state. Its store and its devices
+//! have files of their own.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
+use std::vec::IntoIter;
 
 use bytes::Bytes;
 use hyper::body::Incoming;
@@ -25,11 +27,14 @@ use vfio_checkpoint_proto::domain::{Manifest, StreamLimits, StreamOpened};
 use vfio_checkpoint_proto::ids::StreamId;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::checkpoint_service_server::{CheckpointService, CheckpointServiceServer};
+use vfio_checkpoint_proto::v1::device_service_server::DeviceServiceServer;
 use vfio_checkpoint_proto::v1::operation_service_server::{OperationService, OperationServiceServer};
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::Version;
 
+use crate::devices_of_agent::DevicesOfAgent;
 use crate::pki::{Ca, Pair};
+use crate::shelf::Shelf;
 
 /// What a call came with.
 #[derive(Debug, Clone)]
@@ -48,6 +53,10 @@ pub(crate) struct Agent {
     pub(crate) calls: Arc<Mutex<Vec<Call>>>,
     /// Why the giver of a stream ended, if it did not complete.
     pub(crate) stream_ends: Arc<Mutex<Vec<Option<String>>>>,
+    /// Its store.
+    pub(crate) shelf: Shelf,
+    /// Its devices.
+    pub(crate) devices: DevicesOfAgent,
 }
 
 impl Agent {
@@ -78,19 +87,27 @@ impl Agent {
         let acceptor = TlsAcceptor::from(Arc::new(config));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let service = (CheckpointServiceServer::new(self.clone()), OperationServiceServer::new(self.clone()));
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_service_status("", tonic_health::ServingStatus::Serving).await;
+        let service = (
+            CheckpointServiceServer::new(self.clone()),
+            OperationServiceServer::new(self.clone()),
+            DeviceServiceServer::new(self.devices.clone()),
+            health,
+        );
         tokio::spawn(async move {
             while let Ok((tcp, _)) = listener.accept().await {
                 let (acceptor, service) = (acceptor.clone(), service.clone());
                 tokio::spawn(async move {
                     let Ok(tls) = acceptor.accept(tcp).await else { return };
                     let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
-                        let (mut saves, mut operations) = service.clone();
+                        let (mut saves, mut operations, mut devices, mut health) = service.clone();
                         async move {
-                            if request.uri().path().starts_with("/vfio.checkpoint.v1.OperationService/") {
-                                operations.call(request).await
-                            } else {
-                                saves.call(request).await
+                            match request.uri().path().split('/').nth(1).unwrap_or_default() {
+                                "vfio.checkpoint.v1.OperationService" => operations.call(request).await,
+                                "vfio.checkpoint.v1.DeviceService" => devices.call(request).await,
+                                "grpc.health.v1.Health" => health.call(request).await,
+                                _ => saves.call(request).await,
                             }
                         }
                     });
@@ -132,6 +149,38 @@ type Messages = Pin<Box<dyn Stream<Item = Result<v1::StreamStateResponse, Status
 
 #[tonic::async_trait]
 impl CheckpointService for Agent {
+    async fn get_checkpoint(
+        &self,
+        request: Request<v1::GetCheckpointRequest>,
+    ) -> Result<Response<v1::GetCheckpointResponse>, Status> {
+        let checkpoint = Some(self.shelf.get(&request.into_inner().name)?);
+        Ok(Response::new(v1::GetCheckpointResponse { checkpoint }))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<v1::ListCheckpointsRequest>,
+    ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
+        self.shelf.list(&request.into_inner()).map(Response::new)
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        request: Request<v1::DeleteCheckpointRequest>,
+    ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
+        self.shelf.delete(&request.into_inner().name)?;
+        Ok(Response::new(v1::DeleteCheckpointResponse {}))
+    }
+
+    type VerifyCheckpointStream = tokio_stream::Iter<IntoIter<Result<v1::VerifyCheckpointResponse, Status>>>;
+
+    async fn verify_checkpoint(
+        &self,
+        request: Request<v1::VerifyCheckpointRequest>,
+    ) -> Result<Response<Self::VerifyCheckpointStream>, Status> {
+        Ok(Response::new(tokio_stream::iter(self.shelf.verify(&request.into_inner().name)?)))
+    }
+
     type StreamStateStream = Messages;
 
     async fn start_save(
@@ -193,8 +242,15 @@ impl CheckpointService for Agent {
         Ok(Response::new(Box::pin(responses)))
     }
 
-    async fn restore(&self, _: Request<v1::RestoreRequest>) -> Result<Response<v1::RestoreResponse>, Status> {
-        Err(Status::unimplemented("not part of these tests"))
+    async fn restore(
+        &self,
+        request: Request<v1::RestoreRequest>,
+    ) -> Result<Response<v1::RestoreResponse>, Status> {
+        let request = request.into_inner();
+        let operation = v1::Operation { name: "operations/1".to_owned(), ..v1::Operation::default() };
+        let operation = (!request.validate_only).then_some(operation);
+        self.shelf.restores.lock().unwrap().push(request);
+        Ok(Response::new(v1::RestoreResponse { operation, ..Default::default() }))
     }
 
     async fn cutover(&self, _: Request<v1::CutoverRequest>) -> Result<Response<v1::CutoverResponse>, Status> {

@@ -2,7 +2,8 @@
 
 use tonic::Code;
 use vfio_checkpoint_client::call::CallError;
-use vfio_checkpoint_client::folder::{Consistency, Existing, FolderReader, FolderWriter};
+use vfio_checkpoint_client::document::Consistency;
+use vfio_checkpoint_client::folder::{Existing, FolderReader, FolderWriter};
 use vfio_checkpoint_client::transfer::{Accepted, OpenStreamError, TakeState};
 
 use crate::calls::client;

@@ -28,10 +28,10 @@ pub use device::{Backend, DataSize, Fingerprint, LogicalDevice};
 pub use frame::{ArmedInterrupts, ConfigSpaceCapture, InterruptKind, Phase, Progress};
 pub use manifest::{DeviceManifest, Manifest, SourceDisposition};
 pub use query::{
-    DirtyReportSpec, DirtyTrackingSpec, Iova, MAX_REPORT_PAGES, OperationQuery, Page, PageToken, ResetMode,
-    ResetSpec, WaitSpec, WatchSpec, device_name, operation_name,
+    CheckpointQuery, DirtyReportSpec, DirtyTrackingSpec, Iova, MAX_REPORT_PAGES, OperationQuery, Page,
+    PageToken, ResetMode, ResetSpec, WaitSpec, WatchSpec, checkpoint_name, device_name, operation_name,
 };
-pub use restore::{AfterRestore, RestoreSpec};
+pub use restore::{AfterRestore, RestoreSource, RestoreSpec, check_assigned};
 pub use save::{AfterSave, Cutover, MemoryCapture, NoConvergence, PreCopy, SaveRequestSpec};
 pub use stream::{StreamLimits, StreamOpen, StreamOpened, StreamRole};
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Invalid, checks};
-use crate::ids::{DeviceName, OperationName, RequestId};
+use crate::ids::{CheckpointName, DeviceName, OperationName, RequestId, StoreName};
 use crate::v1;
 
 /// The field `name` of `GetDevice` and the like.
@@ -14,6 +14,11 @@ pub fn device_name(name: &str) -> Result<DeviceName, Invalid> {
 /// The field `field` of `GetOperation` (`name`), `Cutover` (`operation`) and the like.
 pub fn operation_name(field: &str, name: &str) -> Result<OperationName, Invalid> {
     checks::id(field, name)
+}
+
+/// The field `name` of `GetCheckpoint` and the like.
+pub fn checkpoint_name(name: &str) -> Result<CheckpointName, Invalid> {
+    checks::id("name", name)
 }
 
 /// Where a page begins, as the service that answers wrote it. Opaque to everybody else, so that service checks it again.
@@ -86,6 +91,26 @@ impl TryFrom<v1::ListOperationsRequest> for OperationQuery {
             page: Page::new(wire.page_size, wire.page_token)?,
             active_only: wire.active_only,
             device: checks::optional_id("device", &wire.device)?,
+        })
+    }
+}
+
+/// Which checkpoints are wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CheckpointQuery {
+    /// The store. None for the agent's first.
+    pub store: Option<StoreName>,
+    /// Which part of the list.
+    pub page: Page,
+}
+
+impl TryFrom<v1::ListCheckpointsRequest> for CheckpointQuery {
+    type Error = Invalid;
+
+    fn try_from(wire: v1::ListCheckpointsRequest) -> Result<Self, Invalid> {
+        Ok(Self {
+            store: checks::optional_id("parent", &wire.parent)?,
+            page: Page::new(wire.page_size, wire.page_token)?,
         })
     }
 }

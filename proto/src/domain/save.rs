@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{Invalid, checks};
-use crate::ids::{DeviceName, PodName, RequestId};
+use crate::ids::{DeviceName, PodName, RequestId, StoreName};
 use crate::v1;
 
 /// Whether to read state while the devices run.
@@ -108,6 +108,8 @@ pub struct SaveRequestSpec {
     pub request_id: Option<RequestId>,
     /// The pod that uses the devices, for people.
     pub owner_pod: Option<PodName>,
+    /// The store that the state goes to. None for the stream.
+    pub store: Option<StoreName>,
 }
 
 impl TryFrom<v1::StartSaveRequest> for SaveRequestSpec {
@@ -177,6 +179,7 @@ impl TryFrom<v1::StartSaveRequest> for SaveRequestSpec {
             validate_only: wire.validate_only,
             request_id: checks::request_id(&wire.request_id)?,
             owner_pod: checks::optional_id("owner_pod", &wire.owner_pod)?,
+            store: checks::optional_id("store", &wire.store)?,
         })
     }
 }

@@ -182,7 +182,8 @@ pub struct Access {
     pub clock: Arc<dyn Clock>,
     /// How long agreeing with a device process may take.
     pub connect_within: Duration,
-    /// How long a device process may take to finish what a dead owner of its connection asked for.
+    /// How long a device process may take to finish what a dead owner of its connection asked for. Then its connection is
+    /// closed, which costs its state. [`Duration::MAX`]: for ever.
     pub adopt_within: Duration,
     /// How long calls on a device process may take from then on.
     pub timing: Timing,
@@ -309,6 +310,25 @@ pub struct AdoptFailure {
     /// Why not.
     #[source]
     pub source: AdoptRefusal,
+}
+
+impl AdoptFailure {
+    /// Whether it can never be taken over: it is another device, or its connection is over. Anything else may be of this
+    /// process or of the moment, and what was kept is as it was.
+    pub fn is_for_good(&self) -> bool {
+        match &self.source {
+            AdoptRefusal::AnotherDevice { .. } => true,
+            AdoptRefusal::VfioUser(error) => match &**error {
+                ConnectError::NotAConnection { .. } | ConnectError::StateLost { .. } => true,
+                ConnectError::Socket { .. }
+                | ConnectError::Handshake { .. }
+                | ConnectError::Probe { .. }
+                | ConnectError::NotMigratable { .. }
+                | ConnectError::Flags { .. } => false,
+            },
+            AdoptRefusal::Keepsake(_) | AdoptRefusal::Kernel(_) | AdoptRefusal::Keep(_) => false,
+        }
+    }
 }
 
 /// Why a kept device was not taken over.

@@ -45,6 +45,9 @@ pub struct AgentConfig {
     /// The devices that are the agent's own. Opening a device resets it and takes it from everybody else, so no other is
     /// ever opened.
     pub devices: Vec<DeviceConfig>,
+    /// Where checkpoints are kept. The first is taken where a caller names none. Without any there is one, `local`, in the
+    /// folder `checkpoints` of `node.state_dir`.
+    pub stores: Vec<StoreConfig>,
     /// What operations take where their caller does not say.
     pub defaults: OperationDefaults,
     /// What no caller can exceed.
@@ -93,6 +96,10 @@ pub struct ServerConfig {
     /// No stream of state lasts longer. At most 7 days.
     #[serde(with = "duration")]
     pub stream_lifetime: Duration,
+    /// How long the taker of a save may take to say that its checkpoint is durable, once it has all state. The devices
+    /// stand still for it.
+    #[serde(with = "duration")]
+    pub seal_timeout: Duration,
     /// On SIGTERM: how long running operations have to be undone.
     #[serde(with = "duration")]
     pub shutdown_grace: Duration,
@@ -139,6 +146,38 @@ pub struct DeviceConfig {
     /// The pod that uses it, `namespace/name`, for people.
     #[serde(default)]
     pub owner_pod: String,
+}
+
+/// A store of checkpoints. Several agents may share one.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    /// What it is called: `stores/NAME`. 1 to 63 of `a-z 0-9 -`.
+    pub name: String,
+    /// Where it is: the absolute path of a folder, or `s3://BUCKET/PREFIX`.
+    pub location: String,
+    /// S3: the server, where it is not Amazon's: `https://HOST:PORT`.
+    #[serde(default)]
+    pub endpoint: Option<String>,
+    /// S3: the region.
+    #[serde(default)]
+    pub region: Option<String>,
+    /// S3: a file with `AWS_ACCESS_KEY_ID=…` and `AWS_SECRET_ACCESS_KEY=…`, a line each. Where it is not set they come from
+    /// the environment, a web identity or the machine's role, as for every S3 client.
+    #[serde(default)]
+    pub credentials: Option<PathBuf>,
+    /// S3: authorities of the server's certificate beside the system's, a PEM file.
+    #[serde(default)]
+    pub ca: Option<PathBuf>,
+    /// S3: allow an endpoint without TLS. Whoever sees the wire then reads the state of devices.
+    #[serde(default)]
+    pub allow_http: bool,
+    /// A folder: bytes that stay free on its file system. 64 MiB where it is not set.
+    #[serde(default)]
+    pub keep_free_bytes: Option<u64>,
+    /// How often this agent collects what no checkpoint needs. 1 h where it is not set.
+    #[serde(default, with = "duration::option")]
+    pub collect_interval: Option<Duration>,
 }
 
 /// What operations take where their caller does not say.
@@ -226,6 +265,7 @@ impl Default for ServerConfig {
             keepalive_timeout: Duration::from_secs(10),
             stream_idle_timeout: Duration::from_mins(1),
             stream_lifetime: Duration::from_hours(6),
+            seal_timeout: Duration::from_mins(5),
             shutdown_grace: Duration::from_secs(30),
         }
     }
@@ -278,11 +318,34 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// A key is unknown, or a value is not of its kind.
-    #[error("{0}")]
-    Malformed(#[source] Box<figment::Error>),
+    #[error("{}", words(file.as_deref(), source))]
+    Malformed {
+        /// The file that was read, where one was.
+        file: Option<PathBuf>,
+        /// What is wrong.
+        source: Box<figment::Error>,
+    },
     /// Values that cannot be.
     #[error("{}", list(.0))]
     Mistakes(Vec<Mistake>),
+}
+
+/// Where it is and what, with the key as its author wrote it: figment's own words have its profiles and providers.
+fn words(file: Option<&Path>, error: &figment::Error) -> String {
+    let told = error.clone().into_iter().map(|error| {
+        let provider = error.metadata.as_ref().map(|metadata| metadata.name.as_ref());
+        let from = match (provider, file) {
+            (Some(name), _) if name.contains(ENVIRONMENT) => format!("the environment ({ENVIRONMENT}*)"),
+            (Some(name), Some(file)) if name.starts_with("TOML") => file.display().to_string(),
+            // A problem of the whole, which the file is the most of.
+            (None, Some(file)) => file.display().to_string(),
+            (Some(_), _) => "the flags".to_owned(),
+            (None, None) => "the configuration".to_owned(),
+        };
+        let key = if error.path.is_empty() { String::new() } else { format!("{}: ", error.path.join(".")) };
+        format!("{from}: {key}{}", error.kind)
+    });
+    told.collect::<Vec<_>>().join("\n")
 }
 
 fn list(mistakes: &[Mistake]) -> String {
@@ -306,9 +369,35 @@ impl AgentConfig {
             .merge(Env::prefixed(ENVIRONMENT).ignore(&["config"]).split("__"))
             .merge(Serialized::defaults(flags))
             .extract()
-            .map_err(|error| ConfigError::Malformed(Box::new(error)))?;
+            .map_err(|error| ConfigError::Malformed {
+                file: file.map(Path::to_owned),
+                source: Box::new(error),
+            })?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// The sections of `other` that say something else, but for the grants.
+    pub fn differs_in(&self, other: &Self) -> Vec<&'static str> {
+        let same = |ours: &dyn std::fmt::Debug, theirs: &dyn std::fmt::Debug| {
+            format!("{ours:?}") == format!("{theirs:?}")
+        };
+        let Self { node, server, tls, grants: _, holder, devices, stores, defaults, limits, telemetry } =
+            self;
+        [
+            ("node", same(node, &other.node)),
+            ("server", same(server, &other.server)),
+            ("tls", same(tls, &other.tls)),
+            ("holder", same(holder, &other.holder)),
+            ("devices", same(devices, &other.devices)),
+            ("stores", same(stores, &other.stores)),
+            ("defaults", same(defaults, &other.defaults)),
+            ("limits", same(limits, &other.limits)),
+            ("telemetry", same(telemetry, &other.telemetry)),
+        ]
+        .into_iter()
+        .filter_map(|(section, same)| (!same).then_some(section))
+        .collect()
     }
 
     /// Finds every value that cannot be.

@@ -106,3 +106,30 @@ fn a_missing_file_is_named() {
         AgentConfig::load(Some(Path::new("/nonexistent/agent.toml")), serde_json::json!({})).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/agent.toml"), "{error}");
 }
+
+#[test]
+fn what_is_malformed_is_told_with_its_file_and_its_key_as_written() {
+    for (text, key) in [
+        ("[server]\nlistn = \"127.0.0.1:1\"\n", "server"),
+        ("[server]\nmax_connections = \"many\"\n", "server.max_connections"),
+        ("[server\n", "agent.toml"),
+    ] {
+        let error = load(&format!("{text}{MINIMAL}")).unwrap_err().to_string();
+        assert!(error.contains("agent.toml: ") && error.contains(key), "{error}");
+        assert!(!error.contains("default.") && !error.contains("TOML source string"), "{error}");
+    }
+    let flags = serde_json::json!({ "server": { "listen": 7 } });
+    let error = AgentConfig::load(None, flags).unwrap_err().to_string();
+    assert!(error.starts_with("the flags: server.listen: "), "{error}");
+}
+
+#[test]
+fn the_sections_that_take_a_restart_are_told() {
+    let config = load(MINIMAL).unwrap();
+    assert_eq!(config.differs_in(&config), [] as [&str; 0]);
+    let text = "[server]\nseal_timeout = \"1m\"\n[telemetry]\nlog = \"debug\"\n\
+                [[grants]]\nwho = \"spiffe://a/*\"\nroles = [\"admin\"]\n";
+    let other = load(&format!("{text}{MINIMAL}")).unwrap();
+    assert_eq!(config.differs_in(&other), ["server", "telemetry"]);
+    assert!(load(&format!("[server]\nseal_timeout = \"0s\"\n{MINIMAL}")).is_err());
+}

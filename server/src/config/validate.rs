@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use vfio_checkpoint_device::address::DeviceAddress;
 use vfio_checkpoint_proto::domain::StreamLimits;
-use vfio_checkpoint_proto::ids::{DeviceName, PodName};
+use vfio_checkpoint_proto::ids::{DeviceName, PodName, StoreName};
 use vfio_checkpoint_proto::{MAX_CHUNK_BYTES, MIN_CHUNK_BYTES};
+use vfio_checkpoint_store::Location;
 
 use super::AgentConfig;
 
@@ -61,6 +62,7 @@ pub(super) fn mistakes(config: &AgentConfig) -> Vec<Mistake> {
     let mut found = Mistakes::default();
     node_and_server(config, &mut found);
     devices(config, &mut found);
+    stores(config, &mut found);
     operations(config, &mut found);
     if config.telemetry.log.len() > 1024 {
         found.add("telemetry.log", "is longer than 1024 bytes");
@@ -81,6 +83,7 @@ fn node_and_server(config: &AgentConfig, found: &mut Mistakes) {
     found.time("server.keepalive_timeout", server.keepalive_timeout, DAY);
     found.time("server.stream_idle_timeout", server.stream_idle_timeout, DAY);
     found.time("server.stream_lifetime", server.stream_lifetime, StreamLimits::MAX_LIFETIME);
+    found.time("server.seal_timeout", server.seal_timeout, DAY);
     found.time("server.shutdown_grace", server.shutdown_grace, Duration::from_hours(1));
     if server.health_listen == Some(server.listen) && server.listen.port() != 0 {
         found.add("server.health_listen", "is the address of server.listen; give another port");
@@ -90,6 +93,47 @@ fn node_and_server(config: &AgentConfig, found: &mut Mistakes) {
     found.path("tls.client_ca", &config.tls.client_ca);
     if let Some(interval) = config.tls.reload_interval {
         found.time("tls.reload_interval", interval, DAY);
+    }
+}
+
+fn stores(config: &AgentConfig, found: &mut Mistakes) {
+    let mut names = BTreeSet::new();
+    for (index, store) in config.stores.iter().enumerate() {
+        let key = |field: &str| format!("stores[{index}].{field}");
+        if let Err(error) = StoreName::from_id(&store.name) {
+            found.add(key("name"), error);
+        }
+        if !names.insert(&store.name) {
+            found.add(key("name"), format_args!("`{}` is given to two stores", store.name));
+        }
+        match store.location.parse::<Location>() {
+            Ok(Location::S3 { .. }) => {
+                if store.keep_free_bytes.is_some() {
+                    found.add(key("keep_free_bytes"), "is for a folder only; leave it out");
+                }
+            }
+            Ok(Location::Folder(_)) => {
+                let given = [
+                    ("endpoint", store.endpoint.is_some()),
+                    ("region", store.region.is_some()),
+                    ("credentials", store.credentials.is_some()),
+                    ("ca", store.ca.is_some()),
+                    ("allow_http", store.allow_http),
+                ];
+                for (field, _) in given.into_iter().filter(|(_, is_given)| *is_given) {
+                    found.add(key(field), "is for S3 only; leave it out");
+                }
+            }
+            Err(error) => found.add(key("location"), error),
+        }
+        let is_plain = store.endpoint.as_ref().is_some_and(|endpoint| endpoint.starts_with("http://"));
+        if is_plain && !store.allow_http {
+            found
+                .add(key("endpoint"), "has no TLS; say https, or allow_http where nobody else sees the wire");
+        }
+        if let Some(interval) = store.collect_interval {
+            found.time(&key("collect_interval"), interval, DAY * 7);
+        }
     }
 }
 

@@ -13,8 +13,10 @@
 //!
 //! # Failure paths
 //! A commit that fails (no space, an I/O error) fails the step that it announces, so nothing is done that is not
-//! recorded. The file is locked by redb; a second agent on the same folder refuses to start.
+//! recorded; the next one opens the file again, so what was in the way may go away. Whoever asks is told while commits
+//! fail. The file is locked by redb; a second agent on the same folder refuses to start.
 
+mod file;
 #[cfg(test)]
 mod tests;
 
@@ -22,15 +24,16 @@ use std::fmt;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
-use vfio_checkpoint_device::{Executor, Lane};
+use tokio::sync::{oneshot, watch};
+use vfio_checkpoint_device::{Executor, Lane, chain};
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
 
+use self::file::{File, Opens};
 use crate::environment::UnixMillis;
 use crate::failpoint::{failing, reached};
 use crate::operation::record::OperationRecord;
@@ -51,7 +54,9 @@ pub struct Journal {
 
 struct Shared {
     path: PathBuf,
-    database: Arc<Database>,
+    file: Arc<Mutex<File>>,
+    /// Whether the last commit failed.
+    failing: watch::Sender<bool>,
     lane: Box<dyn Lane>,
 }
 
@@ -178,14 +183,45 @@ pub enum JournalError {
         #[source]
         source: io::Error,
     },
-    /// Another agent has it open, or it is damaged.
-    #[error("the journal {} cannot be opened; is another agent running with the same node.state_dir?", path.display())]
+    /// It is there, and nothing is in it: what devices may do is not known.
+    #[error(
+        "the journal {} is empty, so what was in it is lost: put its backup in its place; or, where nothing that was saved \
+         here can run elsewhere, remove the file, and devices that the holder keeps begin as quarantined",
+        path.display()
+    )]
+    Empty {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// Another agent has it open.
+    #[error("the journal {} is in use; is another agent running with the same node.state_dir?", path.display())]
+    InUse {
+        /// Which file.
+        path: PathBuf,
+        /// What says so.
+        #[source]
+        source: redb::DatabaseError,
+    },
+    /// It is no journal, or the disk does not do its part.
+    #[error("the journal {} cannot be opened", path.display())]
     Open {
         /// Which file.
         path: PathBuf,
         /// Why not.
         #[source]
         source: redb::DatabaseError,
+    },
+    /// What is in it is not what was written.
+    #[error(
+        "the journal {} is damaged ({found}): put its backup in its place; or, where nothing that was saved here can run \
+         elsewhere, move the file away, and devices that the holder keeps begin as quarantined",
+        path.display()
+    )]
+    Damaged {
+        /// Which file.
+        path: PathBuf,
+        /// What was found.
+        found: String,
     },
     /// It was written by a later version.
     #[error("the journal {} has format {found} and this agent knows format {FORMAT}; run the agent that wrote it", path.display())]
@@ -221,78 +257,69 @@ impl JournalError {
     fn storage(error: impl Into<redb::Error>) -> Self {
         Self::Storage(Box::new(error.into()))
     }
+
+    /// Whether the file or the disk is the reason, and not what was to be written or is written there.
+    fn is_of_storage(&self) -> bool {
+        match self {
+            Self::Folder { .. }
+            | Self::Empty { .. }
+            | Self::InUse { .. }
+            | Self::Open { .. }
+            | Self::Damaged { .. }
+            | Self::Storage(_) => true,
+            Self::Format { .. } | Self::Record { .. } | Self::Lane(_) | Self::Died => false,
+        }
+    }
 }
 
 impl Journal {
     /// Opens the journal in `folder`, and makes both where they are not there. Blocks.
     pub fn open(folder: &Path, executor: &dyn Executor) -> Result<Self, JournalError> {
+        Self::open_by(folder, executor, Box::new(file::on_disk))
+    }
+
+    fn open_by(folder: &Path, executor: &dyn Executor, opens: Opens) -> Result<Self, JournalError> {
         std::fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(folder)
             .map_err(|source| JournalError::Folder { path: folder.to_owned(), source })?;
-        let path = folder.join("journal.redb");
-        let database =
-            Database::create(&path).map_err(|source| JournalError::Open { path: path.clone(), source })?;
+        let mut file = File::open(folder.join("journal.redb"), opens)?;
+        let path = file.path().to_owned();
+        file.run(|database| prepare(database, &path))?;
         let lane = executor.lane("journal").map_err(JournalError::Lane)?;
-        let journal = Self { shared: Arc::new(Shared { path, database: Arc::new(database), lane }) };
-        journal.prepare()?;
-        Ok(journal)
+        let (file, failing) = (Arc::new(Mutex::new(file)), watch::Sender::new(false));
+        Ok(Self { shared: Arc::new(Shared { path, file, failing, lane }) })
     }
 
-    /// Makes the tables, and checks the format of a file that was there.
-    fn prepare(&self) -> Result<(), JournalError> {
-        let transaction = self.shared.database.begin_write().map_err(JournalError::storage)?;
-        {
-            let mut meta = transaction.open_table(META).map_err(JournalError::storage)?;
-            let found = meta.get("format").map_err(JournalError::storage)?.map(|format| format.value());
-            match found {
-                None => {
-                    meta.insert("format", FORMAT).map_err(JournalError::storage)?;
-                }
-                Some(FORMAT) => {}
-                Some(found) => return Err(JournalError::Format { path: self.shared.path.clone(), found }),
-            }
-            transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
-            transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
-            transaction.open_table(DEVICES).map_err(JournalError::storage)?;
-        }
-        transaction.commit().map_err(JournalError::storage)
+    /// Whether commits fail, and when that changes. It ends with the journal.
+    pub fn failing(&self) -> watch::Receiver<bool> {
+        self.shared.failing.subscribe()
     }
 
     /// Reads everything. Blocks.
     pub fn load(&self) -> Result<Recorded, JournalError> {
-        let transaction = self.shared.database.begin_read().map_err(JournalError::storage)?;
-        let operations = rows::<OperationRecord>(&transaction, OPERATIONS, "operations")?;
-        let requests = rows::<RequestRecord>(&transaction, REQUESTS, "requests")?;
-        let devices = rows::<DeviceRecord>(&transaction, DEVICES, "devices")?;
-        Ok(Recorded {
-            operations: operations.into_iter().map(|(_, record)| record).collect(),
-            requests: requests
-                .into_iter()
-                .filter_map(|(key, record)| Some((RequestKey::parse(&key)?, record)))
-                .collect(),
-            devices: devices
-                .into_iter()
-                .filter_map(|(key, record)| Some((key.parse().ok()?, record)))
-                .collect(),
-        })
+        locked(&self.shared.file).run(load)
     }
 
     /// Writes `changes`, all or none; they are durable when this returns.
     ///
     /// Where the future is dropped the commit goes on.
     pub async fn commit(&self, changes: Vec<Change>) -> Result<(), JournalError> {
-        failing(&self.shared.path, format_args!("{}", Announced(&changes)))
-            .map_err(|error| JournalError::storage(redb::Error::Io(error)))?;
+        if let Err(error) = failing(&self.shared.path, format_args!("{}", Announced(&changes))) {
+            let failed = Err(JournalError::storage(redb::Error::Io(error)));
+            tell_of(&self.shared.failing, &failed);
+            return failed;
+        }
         let (answer, answered) = oneshot::channel();
-        let database = Arc::clone(&self.shared.database);
+        let (file, tell) = (Arc::clone(&self.shared.file), self.shared.failing.clone());
         self.shared.lane.submit(Box::new(move || {
             reached(format_args!("before {}", Announced(&changes)));
-            let written = write(&database, &changes);
+            let written = locked(&file).run(|database| write(database, &changes));
             reached(format_args!("after {}", Announced(&changes)));
+            tell_of(&tell, &written);
             // Whoever hears of the last commit may close the journal and open it again.
-            drop(database);
+            drop((file, tell));
             // Nobody waits where the operation was dropped.
             let _ = answer.send(written);
         }));
@@ -306,6 +333,62 @@ impl Journal {
         // The end of it is the answer, also where the thread died.
         let _ = answered.await;
     }
+}
+
+fn locked(file: &Mutex<File>) -> MutexGuard<'_, File> {
+    file.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Takes in how a commit went. What is wrong with a single record says nothing of the others.
+fn tell_of(failing: &watch::Sender<bool>, written: &Result<(), JournalError>) {
+    let fails = written.is_err();
+    if written.as_ref().is_err_and(|error| !error.is_of_storage()) {
+        return;
+    }
+    let changed = failing.send_if_modified(|failing| std::mem::replace(failing, fails) != fails);
+    match written {
+        Ok(()) if changed => tracing::info!("the journal is written again"),
+        Err(error) if changed => tracing::error!(
+            error = %chain(error),
+            "the journal cannot be written: nothing new is begun; look whether node.state_dir has room and its disk is sound"
+        ),
+        Ok(()) | Err(_) => {}
+    }
+}
+
+/// Makes the tables, and checks the format of a file that was there.
+fn prepare(database: &Database, path: &Path) -> Result<(), JournalError> {
+    let transaction = database.begin_write().map_err(JournalError::storage)?;
+    {
+        let mut meta = transaction.open_table(META).map_err(JournalError::storage)?;
+        let found = meta.get("format").map_err(JournalError::storage)?.map(|format| format.value());
+        match found {
+            None => {
+                meta.insert("format", FORMAT).map_err(JournalError::storage)?;
+            }
+            Some(FORMAT) => {}
+            Some(found) => return Err(JournalError::Format { path: path.to_owned(), found }),
+        }
+        transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
+        transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
+        transaction.open_table(DEVICES).map_err(JournalError::storage)?;
+    }
+    transaction.commit().map_err(JournalError::storage)
+}
+
+fn load(database: &Database) -> Result<Recorded, JournalError> {
+    let transaction = database.begin_read().map_err(JournalError::storage)?;
+    let operations = rows::<OperationRecord>(&transaction, OPERATIONS, "operations")?;
+    let requests = rows::<RequestRecord>(&transaction, REQUESTS, "requests")?;
+    let devices = rows::<DeviceRecord>(&transaction, DEVICES, "devices")?;
+    Ok(Recorded {
+        operations: operations.into_iter().map(|(_, record)| record).collect(),
+        requests: requests
+            .into_iter()
+            .filter_map(|(key, record)| Some((RequestKey::parse(&key)?, record)))
+            .collect(),
+        devices: devices.into_iter().filter_map(|(key, record)| Some((key.parse().ok()?, record))).collect(),
+    })
 }
 
 fn rows<T: DeserializeOwned>(

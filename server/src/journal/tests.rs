@@ -38,6 +38,7 @@ fn operation(last: u64, step: RecordedStep) -> OperationRecord {
         request_id: Some("00000001-0000-4000-8000-000000000000".to_owned()),
         owner_pod: "default/pod".to_owned(),
         created: UnixMillis(5),
+        checkpoint: None,
         trace_id: None,
         step,
     }
@@ -56,12 +57,14 @@ fn end() -> EndRecord {
         consistency: Some(Consistency::Inconsistent),
         moved_bytes: vec![9],
         pre_copy_bytes: 4,
+        device_pre_copy_bytes: vec![1],
         downtime: Some(Duration::from_nanos(1_234_567_891)),
         predicted_downtime: None,
         quarantined: vec![device()],
         hung: vec![device()],
         unavailable: Vec::new(),
         left_stopped: false,
+        revision: 47,
     }
 }
 
@@ -98,7 +101,11 @@ async fn every_step_and_record_is_read_back_as_it_was_written() {
     let folder = tempfile::tempdir().unwrap();
     let steps = [
         RecordedStep::Admitted,
-        RecordedStep::Held { deadline: UnixMillis(77), limit: Some(Duration::from_secs(5)) },
+        RecordedStep::Held {
+            deadline: UnixMillis(77),
+            limit: Some(Duration::from_secs(5)),
+            stopped_at: Some(UnixMillis(76)),
+        },
         RecordedStep::Running { inconsistent: false },
         RecordedStep::Running { inconsistent: true },
         RecordedStep::Stopped,
@@ -151,7 +158,7 @@ fn one_agent_at_a_time() {
     let folder = tempfile::tempdir().unwrap();
     let _first = open(folder.path()).unwrap();
     let error = open(folder.path()).unwrap_err();
-    assert!(matches!(error, JournalError::Open { .. }), "{error:?}");
+    assert!(matches!(error, JournalError::InUse { .. }), "{error:?}");
     assert!(error.to_string().contains("another agent"), "{error}");
 }
 
@@ -162,6 +169,18 @@ fn a_folder_that_cannot_be_made_is_named() {
     std::fs::write(&file, "").unwrap();
     let error = open(&file.join("state")).unwrap_err();
     assert!(matches!(&error, JournalError::Folder { path, .. } if path.starts_with(&file)), "{error:?}");
+}
+
+#[test]
+fn a_file_that_was_emptied_is_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()).unwrap());
+    let file = folder.path().join("journal.redb");
+    std::fs::write(&file, "").unwrap();
+    let error = open(folder.path()).unwrap_err();
+    assert!(matches!(&error, JournalError::Empty { path } if *path == file), "{error:?}");
+    assert!(error.to_string().contains("put its backup in its place"), "{error}");
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 0, "nothing is begun in its place");
 }
 
 #[test]
@@ -185,10 +204,13 @@ fn nothing_that_is_not_understood_is_thrown_away() {
     ] {
         let folder = tempfile::tempdir().unwrap();
         let journal = open(folder.path()).unwrap();
-        let transaction = journal.shared.database.begin_write().unwrap();
         let definition: TableDefinition<'_, &str, &[u8]> = TableDefinition::new(table);
-        transaction.open_table(definition).unwrap().insert(key, text.as_bytes()).unwrap();
-        transaction.commit().unwrap();
+        let writing = |database: &Database| {
+            let transaction = database.begin_write().unwrap();
+            transaction.open_table(definition).unwrap().insert(key, text.as_bytes()).unwrap();
+            transaction.commit().map_err(JournalError::storage)
+        };
+        locked(&journal.shared.file).run(writing).unwrap();
         let error = journal.load().unwrap_err();
         assert!(
             matches!(&error, JournalError::Record { table: named, key: at, .. } if *named == table && at == key),
@@ -222,4 +244,133 @@ async fn what_is_settled_can_be_opened_again() {
     drop(journal);
     let again = Journal::open(folder.path(), &Threads::new()).expect("nobody has it");
     assert_eq!(again.load().unwrap().operations.len(), 1);
+}
+
+/// A disk that is full while it is told to be.
+#[derive(Debug)]
+struct Disk {
+    file: redb::backends::FileBackend,
+    full: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Disk {
+    fn room(&self) -> io::Result<()> {
+        if self.full.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        Ok(())
+    }
+}
+
+impl redb::StorageBackend for Disk {
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.room()?;
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        self.room()?;
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.room()?;
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
+}
+
+/// redb refuses everything after an I/O error, for as long as the file is open.
+#[tokio::test]
+async fn a_disk_that_was_full_once_takes_commits_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let full = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let disk = Arc::clone(&full);
+    let opens: Opens = Box::new(move |path, wanted| {
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).write(true).create(wanted == file::Wanted::OldOrNew).open(path)?;
+        let file = redb::backends::FileBackend::new(file)?;
+        redb::Builder::new().create_with_backend(Disk { file, full: Arc::clone(&disk) })
+    });
+    let journal = Journal::open_by(folder.path(), &Threads::new(), opens).unwrap();
+    let failing = journal.failing();
+    let of = |last| vec![Change::Operation(Box::new(operation(last, RecordedStep::Begun)))];
+    journal.commit(of(1)).await.unwrap();
+    assert!(!*failing.borrow());
+
+    full.store(true, std::sync::atomic::Ordering::SeqCst);
+    for attempt in 0..3 {
+        let error = journal.commit(of(2)).await.unwrap_err();
+        assert!(error.is_of_storage(), "{attempt}: {error:?}");
+        assert!(chain(&error).contains("no storage space"), "{attempt}: {}", chain(&error));
+        assert!(*failing.borrow(), "{attempt}");
+    }
+    full.store(false, std::sync::atomic::Ordering::SeqCst);
+    journal.commit(of(3)).await.unwrap();
+    assert!(!*failing.borrow());
+    let names = |found: Recorded| found.operations.into_iter().map(|one| one.name).collect::<Vec<_>>();
+    assert_eq!(names(journal.load().unwrap()), [name(1), name(3)], "all of a commit or nothing");
+    assert_eq!(names(reopened(journal, folder.path()).load().unwrap()), [name(1), name(3)]);
+}
+
+/// A file that is gone is not begun anew behind the agent's back.
+#[tokio::test]
+async fn a_file_that_is_gone_is_not_begun_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(folder.path()).unwrap();
+    let file = folder.path().join("journal.redb");
+    std::fs::rename(&file, folder.path().join("elsewhere")).unwrap();
+    let io = || JournalError::storage(redb::Error::Io(io::Error::other("as a disk says it")));
+    locked(&journal.shared.file).run(|_| Err::<(), _>(io())).unwrap_err();
+    let change = Change::Operation(Box::new(operation(1, RecordedStep::Begun)));
+    let error = journal.commit(vec![change.clone()]).await.unwrap_err();
+    assert!(matches!(&error, JournalError::Open { path, .. } if *path == file), "{error:?}");
+    std::fs::rename(folder.path().join("elsewhere"), &file).unwrap();
+    journal.commit(vec![change]).await.unwrap();
+}
+
+/// Whatever is wrong with the file, and wherever: an error that names it, and never a panic. What is not noticed is where
+/// nothing is written.
+#[test]
+fn a_damaged_file_is_named_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()).unwrap());
+    let file = folder.path().join("journal.redb");
+    let good = std::fs::read(&file).unwrap();
+    let mut cases: Vec<(String, Vec<u8>)> =
+        vec![("garbage".to_owned(), vec![0xa5; 70_000]), ("zeros".to_owned(), vec![0; good.len()])];
+    for cut in [1, 100, 320, 4096, 8192, good.len() / 2, good.len() - 1] {
+        cases.push((format!("cut to {cut}"), good[..cut].to_vec()));
+    }
+    for at in (0..320).step_by(4).chain((4096..good.len().min(1 << 16)).step_by(1024)) {
+        let mut bad = good.clone();
+        bad[at..at + 4].iter_mut().for_each(|byte| *byte ^= 0xff);
+        cases.push((format!("four bytes at {at}"), bad));
+    }
+    let mut damaged = 0;
+    for (case, bytes) in cases {
+        std::fs::write(&file, bytes).unwrap();
+        match open(folder.path()).and_then(|journal| journal.load()) {
+            Ok(_) => {}
+            Err(JournalError::Damaged { path, .. }) => {
+                damaged += 1;
+                assert_eq!(path, file, "{case}");
+            }
+            Err(error) => panic!("{case}: {error:?}"),
+        }
+    }
+    assert!(damaged > 10, "{damaged}");
+    std::fs::write(&file, good).unwrap();
+    open(folder.path()).unwrap().load().unwrap();
 }

@@ -1,10 +1,9 @@
 //! Why a job cannot work, all of it at once, before anything is touched. Pure: it looks at what was read back and at
 //! what is asked for.
 //!
-//! State whose source runs on is restored all the same: the manifest says what was meant for the source
-//! ([`source_disposition`](vfio_checkpoint_proto::domain::Manifest::source_disposition)), but whether that still holds, and
-//! on which node, is not known to an agent that is handed a stream. The restored device runs under a higher epoch.
+//! State whose source may still run is refused, unless its caller wants a fork of it: see [`fork`].
 
+pub mod fork;
 #[cfg(test)]
 mod tests;
 
@@ -13,7 +12,7 @@ use std::time::Duration;
 use vfio_checkpoint_device::{DataSize, Fingerprint};
 use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Capabilities, Cutover, RestorePlan, SavePlan, State};
 use vfio_checkpoint_proto::domain::{
-    self, AfterRestore, DeviceManifest, MemoryCapture, PreCopy, RestoreSpec, SaveRequestSpec,
+    self, AfterRestore, DeviceManifest, Manifest, MemoryCapture, PreCopy, RestoreSpec, SaveRequestSpec,
 };
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1::BlockerReason;
@@ -21,6 +20,7 @@ use vfio_checkpoint_proto::v1::BlockerReason;
 use super::entry::total;
 use super::meter::time_for;
 use crate::registry::{DeviceView, Leased, Standing};
+use fork::Whereabouts;
 
 /// One reason why a job cannot work.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,7 +46,10 @@ impl Blocker {
 
     /// Whether it may be gone by itself in a while, so that trying again makes sense.
     pub fn is_passing(&self) -> bool {
-        matches!(self.reason, BlockerReason::Leased | BlockerReason::AgentBusy)
+        matches!(
+            self.reason,
+            BlockerReason::Leased | BlockerReason::AgentBusy | BlockerReason::StoreUnavailable
+        )
     }
 }
 
@@ -324,8 +327,14 @@ fn predict(views: &[DeviceView], plan: SavePlan, bounds: Bounds) -> Prediction {
     }
 }
 
-/// Whether a restore can work, and how it would.
-pub fn restore(views: &[DeviceView], spec: &RestoreSpec, bounds: Bounds) -> (Vec<Blocker>, RestorePlan) {
+/// Whether a restore of this state can work, and how it would.
+pub fn restore(
+    views: &[DeviceView],
+    spec: &RestoreSpec,
+    manifest: &Manifest,
+    whereabouts: &Whereabouts,
+    bounds: Bounds,
+) -> (Vec<Blocker>, RestorePlan) {
     let mut found: Vec<Blocker> = views.iter().flat_map(device_blockers).collect();
     let barrier = views.len() > 1
         && views.iter().all(|view| view.capabilities.is_some_and(|known| known.migration.p2p));
@@ -342,10 +351,18 @@ pub fn restore(views: &[DeviceView], spec: &RestoreSpec, bounds: Bounds) -> (Vec
         AfterRestore::Run => AfterLoad::Run,
         AfterRestore::Hold { .. } => AfterLoad::Hold,
     };
-    for (view, device) in assigned(views, spec) {
+    for (view, device) in assigned(views, spec, manifest) {
         found.extend(fingerprint(view, device));
     }
-    for (view, device) in assigned(views, spec) {
+    if !spec.allow_fork {
+        found.extend(
+            spec.devices
+                .iter()
+                .zip(&manifest.devices)
+                .filter_map(|(target, device)| whereabouts.fork(target, device, manifest.source_disposition)),
+        );
+    }
+    for (view, device) in assigned(views, spec, manifest) {
         let size = size(device.data_size);
         if let Some(bytes) = size.bytes().filter(|bytes| *bytes > bounds.max_device_bytes) {
             found.push(Blocker::device(
@@ -359,7 +376,7 @@ pub fn restore(views: &[DeviceView], spec: &RestoreSpec, bounds: Bounds) -> (Vec
         }
     }
     if let Some(limit) = spec.max_bytes {
-        let bytes = total(spec.manifest.devices.iter().map(|device| size(device.data_size))).bytes();
+        let bytes = total(manifest.devices.iter().map(|device| size(device.data_size))).bytes();
         if let Some(bytes) = bytes.filter(|bytes| *bytes > limit) {
             let message = format!("up to {bytes} bytes are to come, and max_bytes is {limit}");
             found.push(Blocker::set(BlockerReason::TooLarge, message));
@@ -372,10 +389,11 @@ pub fn restore(views: &[DeviceView], spec: &RestoreSpec, bounds: Bounds) -> (Vec
 fn assigned<'a>(
     views: &'a [DeviceView],
     spec: &'a RestoreSpec,
+    manifest: &'a Manifest,
 ) -> impl Iterator<Item = (&'a DeviceView, &'a DeviceManifest)> {
     spec.devices
         .iter()
-        .zip(&spec.manifest.devices)
+        .zip(&manifest.devices)
         .filter_map(|(name, device)| Some((views.iter().find(|view| view.name == *name)?, device)))
 }
 

@@ -107,6 +107,10 @@ impl EntryCaller {
     async fn moved_save(&self, state: SaveState) -> Result<(), BoxError> {
         let held = matches!(self.on_record(), RecordedStep::Held { .. });
         match state {
+            SaveState::Stopping => {
+                let environment = &self.core.environment;
+                self.entry.note_stopped(environment.unix_now(), Some(environment.executor.now()));
+            }
             SaveState::Held => self.hold().await?,
             SaveState::CompletedStopped => self.record(RecordedStep::Stopped).await?,
             SaveState::Resuming { checkpoint: Validity::Inconsistent } => {
@@ -122,7 +126,6 @@ impl EntryCaller {
             | SaveState::PreCopying
             | SaveState::AwaitingCutover
             | SaveState::Quiescing
-            | SaveState::Stopping
             | SaveState::Draining
             | SaveState::Parking
             | SaveState::Sealing
@@ -142,6 +145,7 @@ impl EntryCaller {
                     Some(self.core.environment.unix_now().after(self.cutover_limit))
                 }
                 Phase::WaitingForStream
+                | Phase::Preparing
                 | Phase::PreCopy
                 | Phase::Stopping
                 | Phase::StopCopy
@@ -216,7 +220,12 @@ impl EntryCaller {
             return Ok(());
         }
         let deadline = self.core.environment.unix_now().after(self.hold_limit);
-        self.record(RecordedStep::Held { deadline, limit: Some(self.hold_limit) }).await?;
+        self.record(RecordedStep::Held {
+            deadline,
+            limit: Some(self.hold_limit),
+            stopped_at: self.entry.stopped_at(),
+        })
+        .await?;
         self.entry.change(|view| view.deadline = Some(deadline));
         Ok(())
     }

@@ -8,6 +8,7 @@ use vfio_checkpoint_fsm::{Outcome, SaveState, Validity};
 use vfio_checkpoint_proto::domain;
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
 use vfio_checkpoint_proto::v1::FailureReason;
+use vfio_checkpoint_store::StoreError;
 
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;
@@ -27,7 +28,6 @@ pub(super) struct End {
     outcome: EndOutcome,
     failure: Option<FailureRecord>,
     consistency: Option<Consistency>,
-    pre_copy_bytes: u64,
     downtime: Option<Duration>,
     predicted_downtime: Option<Duration>,
     quarantined: Vec<DeviceName>,
@@ -47,7 +47,6 @@ impl End {
             outcome,
             failure: None,
             consistency: None,
-            pre_copy_bytes: 0,
             downtime: None,
             predicted_downtime: None,
             quarantined: Vec::new(),
@@ -74,20 +73,31 @@ impl End {
         let view = entry.view();
         let OutOfService { quarantined, hung, unavailable } =
             OutOfService::among(&entry.fixed.devices, lease, &self.quarantined);
+        let now = core.environment.unix_now();
+        // Not where devices do not run again: nobody knows for how long.
+        let run_again =
+            self.outcome == EndOutcome::Preserved && self.quarantined.is_empty() && !self.left_stopped;
+        let stood_still =
+            run_again.then(|| entry.stood_still(now, core.environment.executor.now())).flatten();
         let record = EndRecord {
-            at: core.environment.unix_now(),
+            at: now,
             result: self.result,
             outcome: self.outcome,
             failure: self.failure,
             consistency: self.consistency,
             moved_bytes: view.devices.iter().map(|live| live.moved_bytes).collect(),
-            pre_copy_bytes: self.pre_copy_bytes,
-            downtime: self.downtime,
+            pre_copy_bytes: view
+                .devices
+                .iter()
+                .fold(0, |sum: u64, live| sum.saturating_add(live.pre_copy_bytes)),
+            device_pre_copy_bytes: view.devices.iter().map(|live| live.pre_copy_bytes).collect(),
+            downtime: self.downtime.or(stood_still),
             predicted_downtime: self.predicted_downtime.or(view.predicted_downtime),
             quarantined,
             hung,
             unavailable,
             left_stopped: self.left_stopped,
+            revision: view.revision + 1,
         };
         let mut changes =
             vec![Change::Operation(Box::new(entry.record(RecordedStep::Ended(record.clone()))))];
@@ -188,6 +198,28 @@ pub(super) fn untouched() -> End {
     )
 }
 
+/// The store did not take a checkpoint in hand.
+pub(super) fn not_stored(error: &StoreError) -> Box<End> {
+    let reason = crate::transfer::reason(error).unwrap_or(FailureReason::StoreFailed);
+    let message = format!("nothing was touched: {}", chain(error));
+    Box::new(End::new(EndResult::Failed, EndOutcome::Preserved).because(reason, message, None))
+}
+
+/// What is to be saved cannot be told to a store.
+pub(super) fn undescribed(problem: &str) -> Box<End> {
+    let message = format!("nothing was touched: the store cannot be told what is saved: {problem}");
+    Box::new(End::new(EndResult::Failed, EndOutcome::Preserved).because(FailureReason::Failed, message, None))
+}
+
+/// A save was given what only a restore has, or the other way round.
+pub(super) fn no_way() -> End {
+    End::new(EndResult::Failed, EndOutcome::Preserved).because(
+        FailureReason::Failed,
+        "nothing was touched: the operation has the way of another kind, which is a defect to report",
+        None,
+    )
+}
+
 /// A device of the set is not open any more.
 pub(super) fn not_open() -> End {
     End::new(EndResult::Failed, EndOutcome::Preserved).because(
@@ -236,7 +268,6 @@ fn inconsistent() -> End {
 }
 
 fn with_report(mut end: End, report: &SaveReport) -> End {
-    end.pre_copy_bytes = report.precopy_bytes;
     end.downtime = Some(report.downtime);
     end.predicted_downtime = report.predicted_downtime;
     let bytes = report.bytes.iter().fold(0_u64, |sum, bytes| sum.saturating_add(*bytes));
@@ -325,22 +356,53 @@ fn name_of(lease: &Lease, device: &Identity) -> Option<DeviceName> {
         .next()
 }
 
+/// Why what an operation had in a device counts as lost after a restart of the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Why {
+    /// It was in the agent itself.
+    Simulated,
+    /// Closed with the agent.
+    NoHolder,
+    /// It did not outlive the agent either, or was reset meanwhile.
+    NotKept,
+    /// It cannot be opened now.
+    NotOpen,
+}
+
+impl Why {
+    fn told_of(self, device: &DeviceName) -> String {
+        match self {
+            Self::Simulated => format!("{device} is simulated, and ended with the agent"),
+            Self::NoHolder => format!("nobody kept {device} open: run a holder"),
+            Self::NotKept => {
+                format!("the holder or the process behind {device} ended too, or it was reset since")
+            }
+            Self::NotOpen => {
+                format!("{device} is not open, so it is not known what it carries: look at its standing")
+            }
+        }
+    }
+}
+
 /// The agent was restarted, and devices of the operation could not be kept open meanwhile: they were reset, or are not
 /// there.
 pub(super) fn not_kept(
     entry: &Entry,
-    lost: Vec<DeviceName>,
+    lost: Vec<(DeviceName, Why)>,
     reset: Vec<DeviceName>,
     quarantined: Vec<DeviceName>,
     step: &RecordedStep,
 ) -> End {
-    let names: Vec<String> = lost.iter().map(ToString::to_string).collect();
-    let names = if names.is_empty() { "its devices".to_owned() } else { names.join(", ") };
+    let mut told: Vec<String> = lost.iter().map(|(device, why)| why.told_of(device)).collect();
+    if told.is_empty() {
+        told.push("a device of its set is not configured any more".to_owned());
+    }
+    let told = told.join("; ");
+    let lost: Vec<DeviceName> = lost.into_iter().map(|(device, _)| device).collect();
     let mut end = End::new(EndResult::Failed, EndOutcome::StateLost).because(
         FailureReason::AgentRestarted,
         format!(
-            "the agent ended while the operation was under way, and nobody kept {names} open, so what was in there is \
-             lost: run a holder"
+            "the agent ended while the operation was under way, and what it had in its devices counts as lost: {told}"
         ),
         lost.first().cloned(),
     );

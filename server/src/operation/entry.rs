@@ -1,15 +1,17 @@
 //! One operation as the agent knows it: what never changes, what does, and what its caller can say.
 
+mod said;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{DataSize, Seal};
-use vfio_checkpoint_proto::ids::{DeviceName, OperationName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
+
+pub use said::{Cancel, Refused};
 
 use super::meter::{Meter, time_for};
 use super::record::{
@@ -28,7 +30,16 @@ pub struct Entry {
     pub signals: Signals,
     view: watch::Sender<View>,
     meter: Mutex<Meter>,
+    stopped: Mutex<Option<Stopped>>,
     seat: Mutex<StreamSeat>,
+}
+
+/// Since when the devices stand still.
+#[derive(Debug, Clone, Copy)]
+struct Stopped {
+    at: UnixMillis,
+    /// By the monotonic clock, where it was in this life of the agent.
+    since: Option<Duration>,
 }
 
 /// What never changes of an operation.
@@ -50,6 +61,8 @@ pub struct Fixed {
     pub created: UnixMillis,
     /// The trace that it belongs to.
     pub trace_id: Option<String>,
+    /// The checkpoint in a store that it makes or takes. None where its state goes over a stream.
+    pub checkpoint: Option<CheckpointName>,
 }
 
 /// What changes of an operation.
@@ -91,6 +104,8 @@ pub struct Live {
 pub enum Phase {
     /// Admitted; nothing has been touched.
     WaitingForStream,
+    /// Admitted; the store is made ready, and nothing has been touched.
+    Preparing,
     /// Devices run, and their state is read.
     PreCopy,
     /// Devices run; the caller has to say Cutover.
@@ -117,86 +132,52 @@ pub enum Phase {
     Done,
 }
 
-/// Why an operation is undone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Cancel {
-    /// Somebody asked.
-    Requested {
-        /// Who.
-        by: String,
-    },
-    /// No stream was opened in time.
-    NoStream {
-        /// How long it was waited for.
-        after: Duration,
-    },
-    /// The agent ends.
-    ShuttingDown,
-}
-
-impl fmt::Display for Cancel {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Requested { by } => write!(f, "{by} asked for it"),
-            Self::NoStream { after } => {
-                write!(f, "nobody opened its stream within {}", humantime::format_duration(*after))
-            }
-            Self::ShuttingDown => f.write_str("the agent is shutting down"),
-        }
-    }
-}
-
-/// Why something cannot be said to an operation now.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
-    /// It is over.
-    #[error("it is over")]
-    Over,
-    /// It is past the point at which it can be undone.
-    #[error("it is past its point of no return, in phase {phase:?}; wait for it to end")]
-    PastNoReturn {
-        /// Where it is.
-        phase: Phase,
-    },
-    /// It is being undone.
-    #[error("it is being undone")]
-    Undone,
-    /// It decides by itself.
-    #[error("it was started with AUTO cutover, so it decides by itself when to stop the devices")]
-    NotManual,
-    /// It has no hold.
-    #[error("it was started without a hold, so there is nothing to resume")]
-    NoHold,
-    /// It is not held yet.
-    #[error("it is not held yet, it is in phase {phase:?}; watch it until it is HELD")]
-    NotHeld {
-        /// Where it is.
-        phase: Phase,
-    },
-    /// Its stream is open, or was.
-    #[error("its stream is open already, or was; start another operation")]
-    StreamTaken,
-}
-
 #[derive(Debug)]
 enum StreamSeat {
     Waiting(oneshot::Sender<Attached>),
     Taken,
+    /// Its state is kept in a store.
+    None,
 }
 
 impl Entry {
     /// An admitted operation, and where its stream arrives.
     pub fn new(fixed: Fixed, deadline: UnixMillis) -> (Self, oneshot::Receiver<Attached>) {
         let (seat, arrival) = oneshot::channel();
-        let view = View::new(&fixed, Phase::WaitingForStream, Some(deadline));
-        (Self::with(fixed, view, StreamSeat::Waiting(seat)), arrival)
+        let entry = if fixed.checkpoint.is_some() {
+            let view = View::new(&fixed, Phase::Preparing, None);
+            Self::with(fixed, view, StreamSeat::None)
+        } else {
+            let view = View::new(&fixed, Phase::WaitingForStream, Some(deadline));
+            Self::with(fixed, view, StreamSeat::Waiting(seat))
+        };
+        (entry, arrival)
     }
 
     /// An operation out of the journal. It had a stream, and streams do not survive the agent.
     pub fn recorded(record: OperationRecord) -> Self {
-        let OperationRecord { name, job, devices, caller, request_id, owner_pod, created, trace_id, step } =
-            record;
-        let fixed = Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id };
+        let OperationRecord {
+            name,
+            job,
+            devices,
+            caller,
+            request_id,
+            owner_pod,
+            created,
+            trace_id,
+            checkpoint,
+            step,
+        } = record;
+        let fixed =
+            Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id, checkpoint };
+        let stopped_at = match &step {
+            RecordedStep::Held { stopped_at, .. } => *stopped_at,
+            RecordedStep::Admitted
+            | RecordedStep::Begun
+            | RecordedStep::Running { .. }
+            | RecordedStep::Stopped
+            | RecordedStep::Ended(_) => None,
+        };
         let (phase, deadline) = match &step {
             RecordedStep::Admitted | RecordedStep::Begun => (Phase::Unwinding, None),
             RecordedStep::Held { deadline, .. } => (Phase::Held, Some(*deadline)),
@@ -215,11 +196,23 @@ impl Entry {
             for (live, moved) in view.devices.iter_mut().zip(&end.moved_bytes) {
                 live.moved_bytes = *moved;
             }
+            let mut pre_copied = end.device_pre_copy_bytes.as_slice();
+            if let ([], [_only]) = (pre_copied, view.devices.as_slice()) {
+                pre_copied = std::slice::from_ref(&end.pre_copy_bytes);
+            }
+            for (live, bytes) in view.devices.iter_mut().zip(pre_copied) {
+                live.pre_copy_bytes = *bytes;
+            }
+            view.revision = end.revision.max(1);
             view.predicted_downtime = end.predicted_downtime;
             view.end = Some(end);
         }
         view.cancellable = matches!(phase, Phase::Held);
-        Self::with(fixed, view, StreamSeat::Taken)
+        let entry = Self::with(fixed, view, StreamSeat::Taken);
+        if let Some(at) = stopped_at {
+            entry.note_stopped(at, None);
+        }
+        entry
     }
 
     fn with(fixed: Fixed, view: View, seat: StreamSeat) -> Self {
@@ -228,6 +221,7 @@ impl Entry {
             signals: Signals::new(),
             view: watch::Sender::new(view),
             meter: Mutex::default(),
+            stopped: Mutex::default(),
             seat: Mutex::new(seat),
         }
     }
@@ -268,10 +262,13 @@ impl Entry {
             return Err(Refused::Over);
         }
         let mut seat = self.seat.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*seat, StreamSeat::None) {
+            return Err(Refused::NoStream);
+        }
         match std::mem::replace(&mut *seat, StreamSeat::Taken) {
             // A task that is gone has ended the operation meanwhile.
             StreamSeat::Waiting(waiting) => waiting.send(attached).map_err(|_| Refused::Over),
-            StreamSeat::Taken => Err(Refused::StreamTaken),
+            StreamSeat::Taken | StreamSeat::None => Err(Refused::StreamTaken),
         }
     }
 
@@ -311,6 +308,7 @@ impl Entry {
             Phase::Done => Err(Refused::Over),
             Phase::Resuming
             | Phase::WaitingForStream
+            | Phase::Preparing
             | Phase::PreCopy
             | Phase::WaitingForCutover
             | Phase::Stopping
@@ -350,6 +348,30 @@ impl Entry {
         self.change(|view| view.deadline = view.deadline.map(|deadline| deadline.min(now.after(left))));
     }
 
+    /// Its devices are about to stop.
+    pub(super) fn note_stopped(&self, at: UnixMillis, since: Option<Duration>) {
+        *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(Stopped { at, since });
+    }
+
+    /// When its devices were stopped, where it is known.
+    pub(super) fn stopped_at(&self) -> Option<UnixMillis> {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner).map(|stopped| stopped.at)
+    }
+
+    /// For how long its devices have stood still by `now`, on both clocks, where it is known.
+    pub(super) fn stood_still(&self, now: UnixMillis, monotonic: Duration) -> Option<Duration> {
+        let stopped = (*self.stopped.lock().unwrap_or_else(PoisonError::into_inner))?;
+        Some(match stopped.since {
+            Some(since) => monotonic.saturating_sub(since),
+            None => now.remaining(stopped.at),
+        })
+    }
+
+    /// How long its devices will stand still, as is known before.
+    pub(super) fn predicts(&self, downtime: Duration) {
+        self.change(|view| view.predicted_downtime = Some(downtime));
+    }
+
     /// It is over, and that is on record.
     pub(super) fn end(&self, record: EndRecord) {
         self.change(|view| {
@@ -357,9 +379,8 @@ impl Entry {
             view.deadline = None;
             view.cancellable = false;
             view.predicted_downtime = record.predicted_downtime;
-            if let [only] = view.devices.as_mut_slice() {
-                only.pre_copy_bytes = record.pre_copy_bytes;
-            }
+            // The change itself counts: what is told now is what a later life of the agent tells.
+            view.revision = view.revision.max(record.revision.saturating_sub(1));
             view.end = Some(record);
         });
     }
@@ -384,14 +405,25 @@ impl Entry {
 
     /// As the journal keeps it, at `step`.
     pub fn record(&self, step: RecordedStep) -> OperationRecord {
-        let Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id } =
+        let Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id, checkpoint } =
             self.fixed.clone();
         let devices = devices
             .into_iter()
             .zip(&self.view.borrow().devices)
             .map(|(device, live)| OperationDeviceRecord { seal: live.seal, ..device })
             .collect();
-        OperationRecord { name, job, devices, caller, request_id, owner_pod, created, trace_id, step }
+        OperationRecord {
+            name,
+            job,
+            devices,
+            caller,
+            request_id,
+            owner_pod,
+            created,
+            trace_id,
+            checkpoint,
+            step,
+        }
     }
 
     /// The names of its devices.
@@ -431,6 +463,7 @@ impl View {
         match self.phase {
             Phase::PreCopy | Phase::StopCopy | Phase::Loading => time_for(left, self.rate_bytes_per_second),
             Phase::WaitingForStream
+            | Phase::Preparing
             | Phase::WaitingForCutover
             | Phase::Stopping
             | Phase::Sealing

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vfio_checkpoint_device::Seal;
-use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, Epoch, LogicalDeviceId, OperationName};
 
 use crate::environment::UnixMillis;
 
@@ -39,6 +39,9 @@ pub struct OperationRecord {
     pub created: UnixMillis,
     /// The trace that it belongs to.
     pub trace_id: Option<String>,
+    /// The checkpoint in a store that it makes or takes. None where its state goes over a stream.
+    #[serde(default)]
+    pub checkpoint: Option<CheckpointName>,
     /// How far it is.
     pub step: RecordedStep,
 }
@@ -107,6 +110,7 @@ pub struct OccupantRecord {
 }
 
 /// How far an operation is, as the journal says.
+#[allow(clippy::large_enum_variant, reason = "a record has one of it, and its change is boxed")]
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RecordedStep {
@@ -122,6 +126,9 @@ pub enum RecordedStep {
         /// How long it was to last. None in records of before it was kept.
         #[serde(default)]
         limit: Option<Duration>,
+        /// When the devices of a save were stopped. None in records of before it was kept, and of a restore.
+        #[serde(default)]
+        stopped_at: Option<UnixMillis>,
     },
     /// A sealed save lets its devices run again, or a verified restore is about to.
     Running {
@@ -153,7 +160,7 @@ impl RecordedStep {
     /// last.
     pub fn hold_left(&self, now: UnixMillis) -> Duration {
         match self {
-            Self::Held { deadline, limit } => deadline.remaining(now).min(limit.unwrap_or(Duration::MAX)),
+            Self::Held { deadline, limit, .. } => deadline.remaining(now).min(limit.unwrap_or(Duration::MAX)),
             Self::Admitted | Self::Begun | Self::Running { .. } | Self::Stopped | Self::Ended(_) => {
                 Duration::ZERO
             }
@@ -184,6 +191,9 @@ pub struct EndRecord {
     pub moved_bytes: Vec<u64>,
     /// Of these, while the devices ran.
     pub pre_copy_bytes: u64,
+    /// The same of each device. Empty in records of before it was kept.
+    #[serde(default)]
+    pub device_pre_copy_bytes: Vec<u64>,
     /// How long the devices stood still.
     pub downtime: Option<Duration>,
     /// How long they were expected to.
@@ -198,6 +208,9 @@ pub struct EndRecord {
     pub unavailable: Vec<DeviceName>,
     /// Devices that stay stopped, as was asked for.
     pub left_stopped: bool,
+    /// The revision that was told with the end. 0 in records of before it was kept.
+    #[serde(default)]
+    pub revision: u64,
 }
 
 /// How an operation ended.

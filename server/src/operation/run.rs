@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use vfio_checkpoint_client::document::{self, About};
 use vfio_checkpoint_client::transfer::{Giver, Link, Taker, Terms};
 use vfio_checkpoint_device::operation::{
     self, OperationError, RestoreReport, RestoreTerms, SaveReport, SaveTerms,
@@ -13,6 +14,7 @@ use vfio_checkpoint_device::{DataSize, DeviceLane, chain};
 use vfio_checkpoint_fsm::AfterSave;
 use vfio_checkpoint_proto::domain::{self, DeviceManifest, Invalid, Manifest, SourceDisposition};
 use vfio_checkpoint_proto::ids::StreamId;
+use vfio_checkpoint_store::{Begin, Checkpoint, CheckpointId, Store};
 
 use super::caller::EntryCaller;
 use super::end::{self, End};
@@ -21,7 +23,7 @@ use super::record::RecordedStep;
 use crate::core::Core;
 use crate::failpoint::reached;
 use crate::registry::{DeviceView, Lease};
-use crate::transfer::{Attached, WireSink, WireSource};
+use crate::transfer::{Attached, StoreSink, StoreSource, WireSink, WireSource};
 
 /// Where an operation's stream comes from.
 pub(super) type Arrival = oneshot::Receiver<Attached>;
@@ -30,7 +32,7 @@ pub(super) type Arrival = oneshot::Receiver<Attached>;
 pub(super) fn span(core: &Core, entry: &Entry) -> tracing::Span {
     let fixed = &entry.fixed;
     let devices: Vec<String> = entry.device_names().map(ToString::to_string).collect();
-    tracing::info_span!("operation", node = %core.config.node.name, operation = %fixed.name, caller = %fixed.caller, devices = %devices.join(","))
+    tracing::info_span!("operation", node = %core.config.node.name, operation = %fixed.name, trace_id = fixed.trace_id.as_deref(), caller = %fixed.caller, devices = %devices.join(","))
 }
 
 /// What is going to be saved, device by device, as it is known before.
@@ -82,6 +84,24 @@ pub(super) enum Work {
     Restore(RestoreTerms),
 }
 
+/// Where an operation's state goes, or comes from.
+#[derive(Debug)]
+pub(super) enum Way {
+    /// The stream that its caller opens.
+    Stream(Arrival),
+    /// A store: this checkpoint is made in it, of about so many bytes.
+    IntoStore { store: Store, id: CheckpointId, reserve_bytes: u64 },
+    /// This checkpoint of a store.
+    OutOfStore { checkpoint: Box<Checkpoint>, about: Box<About> },
+}
+
+/// A way that is open.
+enum Opened {
+    Stream(Attached),
+    IntoStore(Box<StoreSink>),
+    OutOfStore(Box<StoreSource>),
+}
+
 /// An operation, start to end.
 pub(super) async fn run(
     core: Arc<Core>,
@@ -89,26 +109,68 @@ pub(super) async fn run(
     lease: Lease,
     work: Work,
     manifest: Manifest,
-    arrival: Arrival,
+    way: Way,
 ) {
-    let ended = match attached(&core, &entry, arrival).await {
-        Ok(attached) => on_stream(&core, &entry, &lease, work, manifest, attached).await,
-        Err(why) => end::never_begun(&why),
+    let ended = match open(&core, &entry, way, &manifest).await {
+        Ok(opened) => carry(&core, &entry, &lease, work, manifest, opened).await,
+        Err(ended) => *ended,
     };
     finish(&core, &entry, lease, ended).await;
 }
 
-async fn on_stream(
+/// Opens the way. Nothing has been touched meanwhile, nor where it fails.
+async fn open(core: &Core, entry: &Arc<Entry>, way: Way, manifest: &Manifest) -> Result<Opened, Box<End>> {
+    match way {
+        Way::Stream(arrival) => match attached(core, entry, arrival).await {
+            Ok(attached) => Ok(Opened::Stream(attached)),
+            Err(why) => Err(end::never_begun(&why).into()),
+        },
+        Way::IntoStore { store, id, reserve_bytes } => {
+            let about = about(core, entry, manifest).map_err(|problem| end::undescribed(&problem))?;
+            let logical_devices =
+                manifest.devices.iter().map(|device| device.logical_device.id.to_string()).collect();
+            let begin = Begin { id, logical_devices, reserve_bytes };
+            let writer = tokio::select! {
+                biased;
+                why = entry.signals.cancelled() => return Err(end::never_begun(&why).into()),
+                writer = store.begin(begin) => writer.map_err(|error| end::not_stored(&error))?,
+            };
+            Ok(Opened::IntoStore(StoreSink::new(store, writer, about, Arc::clone(entry)).into()))
+        }
+        Way::OutOfStore { checkpoint, about } => {
+            Ok(Opened::OutOfStore(StoreSource::new(*checkpoint, *about, Arc::clone(entry)).into()))
+        }
+    }
+}
+
+/// What a store is told of a checkpoint.
+fn about(core: &Core, entry: &Entry, manifest: &Manifest) -> Result<About, String> {
+    let wire = manifest.clone().into();
+    let manifest =
+        document::Manifest::from_wire(&wire).map_err(|(field, problem)| format!("{field}: {problem}"))?;
+    Ok(About {
+        node: core.config.node.name.clone(),
+        caller: entry.fixed.caller.clone(),
+        owner_pod: entry.fixed.owner_pod.clone(),
+        manifest,
+        config: Vec::new(),
+    })
+}
+
+async fn carry(
     core: &Arc<Core>,
     entry: &Arc<Entry>,
     lease: &Lease,
     work: Work,
     manifest: Manifest,
-    attached: Attached,
+    opened: Opened,
 ) -> End {
-    let Some(lanes) = lanes(lease) else { return end::not_open() };
-    let stream = StreamId(core.environment.executor.random());
-    let (link, wire) = attached.open(&core.config, stream, manifest).await;
+    let Some(lanes) = lanes(lease) else {
+        if let Opened::IntoStore(mut sink) = opened {
+            sink.give_up().await;
+        }
+        return end::not_open();
+    };
     let (hold_limit, cutover_limit) = match work {
         Work::Save(terms) => (terms.hold_limit, terms.cutover_limit),
         Work::Restore(terms) => (terms.hold_limit, Duration::ZERO),
@@ -121,12 +183,29 @@ async fn on_stream(
         stream: None,
         on_record: RecordedStep::Admitted.into(),
     };
-    match work {
-        Work::Save(terms) => end::of_save(entry, lease, save(&lanes, terms, caller, link, wire).await),
-        Work::Restore(terms) => {
+    match (work, opened) {
+        (Work::Save(terms), Opened::Stream(attached)) => {
+            let (link, wire) = attached.open(&core.config, new_stream(core), manifest).await;
+            end::of_save(entry, lease, save(&lanes, terms, caller, link, wire).await)
+        }
+        (Work::Restore(terms), Opened::Stream(attached)) => {
+            let (link, wire) = attached.open(&core.config, new_stream(core), manifest).await;
             end::of_restore(entry, lease, restore(&lanes, terms, caller, link, wire).await)
         }
+        (Work::Save(terms), Opened::IntoStore(mut sink)) => {
+            let saved = operation::save(&lanes, terms, &caller, &mut *sink).await;
+            sink.give_up().await;
+            end::of_save(entry, lease, saved)
+        }
+        (Work::Restore(terms), Opened::OutOfStore(mut source)) => {
+            end::of_restore(entry, lease, operation::restore(&lanes, terms, &caller, &mut *source).await)
+        }
+        (Work::Save(_), Opened::OutOfStore(_)) | (Work::Restore(_), Opened::IntoStore(_)) => end::no_way(),
     }
+}
+
+fn new_stream(core: &Core) -> StreamId {
+    StreamId(core.environment.executor.random())
 }
 
 async fn save(
@@ -139,7 +218,10 @@ async fn save(
     let idle_timeout = wire.limits.idle_timeout;
     let giver = Giver::new(link, wire);
     let giver = if caller.entry.is_manual() { giver.with_cutover() } else { giver };
-    let mut sink = WireSink::new(giver, Arc::clone(&caller.entry), &caller.core.environment, idle_timeout);
+    let core = &caller.core;
+    let seal_timeout = core.config.server.seal_timeout;
+    let mut sink =
+        WireSink::new(giver, Arc::clone(&caller.entry), &core.environment, idle_timeout, seal_timeout);
     caller.stream = Some(sink.watch());
     let saved = operation::save(lanes, terms, &caller, &mut sink).await;
     if let Err(error) = &saved {

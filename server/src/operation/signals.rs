@@ -2,6 +2,8 @@
 //!
 //! Each is a level, not an edge: said once it stays said, whoever listens and whenever.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use tokio::sync::watch;
 
 use super::entry::Cancel;
@@ -12,6 +14,8 @@ pub struct Signals {
     cutover: watch::Sender<bool>,
     resume: watch::Sender<bool>,
     cancel: watch::Sender<Option<Cancel>>,
+    /// It is not taken up yet, because a device of it does not answer.
+    waits_for_device: AtomicBool,
 }
 
 impl Signals {
@@ -21,7 +25,17 @@ impl Signals {
             cutover: watch::Sender::new(false),
             resume: watch::Sender::new(false),
             cancel: watch::Sender::new(None),
+            waits_for_device: AtomicBool::new(false),
         }
+    }
+
+    /// Whether it listens to nothing yet, because a device of it does not answer. What is said stays said.
+    pub fn waits_for_device(&self) -> bool {
+        self.waits_for_device.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_waits_for_device(&self, waits: bool) {
+        self.waits_for_device.store(waits, Ordering::Release);
     }
 
     /// Stop the devices.

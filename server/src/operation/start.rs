@@ -11,17 +11,20 @@ use tracing::Instrument as _;
 use vfio_checkpoint_device::operation::{PrecopyPolicy, RestoreTerms, SaveTerms};
 use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, SaveRequest};
 use vfio_checkpoint_proto::domain::{
-    self, AfterRestore, NoConvergence, PreCopy, RestoreSpec, SaveRequestSpec,
+    self, AfterRestore, NoConvergence, PreCopy, RestoreSource, RestoreSpec, SaveRequestSpec,
 };
-use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, RequestId};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, Epoch, LogicalDeviceId, RequestId};
 use vfio_checkpoint_proto::v1::BlockerReason;
 
+use super::admission::fork::Whereabouts;
 use super::admission::{self, Blocker, Bounds, Prediction};
 use super::entry::{Entry, Fixed};
+use super::kept::{Asked, Kept, Restorable, make_room};
 use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
-use super::run;
+use super::run::{self, Way};
 use crate::core::Core;
 use crate::journal::{Change, RequestAnswer, RequestKey, RequestRecord};
+use crate::registry::opening::new_logical;
 use crate::registry::{DeviceView, Lease, Slot};
 use crate::rpc::Refusal;
 
@@ -60,8 +63,16 @@ impl Core {
         {
             return Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: None });
         }
+        let target = match &spec.store {
+            Some(name) => Some(self.place(name)?),
+            None => None,
+        };
         let found = self.look(&spec.devices).await;
         let (mut blockers, plan, prediction) = admission::save(&found.views, &spec, self.bounds());
+        let store = match target {
+            Some(place) => make_room(place, prediction.total.bytes(), &mut blockers).await,
+            None => None,
+        };
         blockers.extend(found.missing.iter().cloned());
         blockers.extend(self.busy());
         let waits = Waits::of(&spec);
@@ -104,15 +115,26 @@ impl Core {
         };
         let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
         let manifests = run::device_manifests(&found.views)?;
-        let admitted = self.admit(&found, blockers, job, devices, owner_pod, starter).await?;
-        let (entry, lease, arrival) = admitted;
+        let kept = target.map(Kept::MadeIn);
+        let asked = Asked { job, devices, owner_pod, kept };
+        let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
+        let made = entry.fixed.checkpoint.as_ref().and_then(|name| name.id().parse().ok());
+        let way = match (store, made) {
+            (Some(store), Some(id)) => {
+                Way::IntoStore { store, id, reserve_bytes: prediction.total.bytes().unwrap_or(0) }
+            }
+            (Some(_) | None, _) => Way::Stream(arrival),
+        };
         let manifest = run::manifest(&entry, manifests, plan.after);
         for (index, view) in found.views.iter().enumerate() {
             entry.expects(index, view.data_size);
         }
+        if let Some(downtime) = prediction.downtime {
+            entry.predicts(downtime);
+        }
         let span = run::span(self, &entry);
         let work = run::Work::Save(terms);
-        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, arrival);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, way);
         self.tasks.spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: Some(prediction) })
     }
@@ -129,8 +151,12 @@ impl Core {
         {
             return Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () });
         }
+        let Restorable { manifest, way, mut blockers } = self.restorable(&spec).await?;
         let found = self.look(&spec.devices).await;
-        let (mut blockers, plan) = admission::restore(&found.views, &spec, self.bounds());
+        let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()));
+        let (in_the_way, plan) =
+            admission::restore(&found.views, &spec, &manifest, &whereabouts, self.bounds());
+        blockers.extend(in_the_way);
         blockers.extend(found.missing.iter().cloned());
         blockers.extend(self.busy());
         let hold_timeout = match spec.after {
@@ -146,9 +172,13 @@ impl Core {
         let devices = found
             .views
             .iter()
-            .zip(&spec.manifest.devices)
+            .zip(&manifest.devices)
             .map(|(view, device)| {
                 let logical = &device.logical_device;
+                if whereabouts.fork(&view.name, device, manifest.source_disposition).is_some() {
+                    // Refused above, unless it is wanted.
+                    return (view.name.clone(), new_logical(&self.environment), Epoch(1));
+                }
                 (view.name.clone(), logical.id.clone(), self.next_epoch(&logical.id, logical.epoch))
             })
             .collect();
@@ -162,13 +192,19 @@ impl Core {
             ready_limit: self.config.defaults.hold_timeout,
         };
         let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
-        let (entry, lease, arrival) = self.admit(&found, blockers, job, devices, owner_pod, starter).await?;
-        for (index, device) in spec.manifest.devices.iter().enumerate() {
+        let kept = match &spec.source {
+            RestoreSource::Checkpoint(name) => Some(Kept::Taken(name.clone())),
+            RestoreSource::Stream(_) => None,
+        };
+        let asked = Asked { job, devices, owner_pod, kept };
+        let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
+        let way = way.unwrap_or(Way::Stream(arrival));
+        for (index, device) in manifest.devices.iter().enumerate() {
             entry.expects(index, admission::size(device.data_size));
         }
         let span = run::span(self, &entry);
         let work = run::Work::Restore(terms);
-        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, spec.manifest, arrival);
+        let running = run::run(Arc::clone(self), Arc::clone(&entry), lease, work, manifest, way);
         self.tasks.spawn(running.instrument(span));
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
@@ -235,13 +271,21 @@ impl Core {
         self: &Arc<Self>,
         found: &Found,
         mut blockers: Vec<Blocker>,
-        job: JobRecord,
-        devices: Vec<(DeviceName, LogicalDeviceId, Epoch)>,
-        owner_pod: String,
+        asked: Asked<'_>,
         starter: Starter,
     ) -> Result<(Arc<Entry>, Lease, run::Arrival), Refusal> {
+        let Asked { job, devices, owner_pod, kept } = asked;
         let now = self.environment.unix_now();
         let name = self.operations.new_name(now, &*self.environment.executor);
+        let checkpoint = match kept {
+            // Named for the operation that makes it.
+            Some(Kept::MadeIn(place)) => Some(
+                CheckpointName::new(place.name(), name.id())
+                    .map_err(|error| Refusal::invalid("store", error))?,
+            ),
+            Some(Kept::Taken(name)) => Some(name),
+            None => None,
+        };
         if blockers.is_empty() && devices.len() != found.slots.len() {
             blockers.push(Blocker::set(BlockerReason::OutOfService, "a device of the set was never opened"));
         }
@@ -290,6 +334,7 @@ impl Core {
             owner_pod,
             created: now,
             trace_id: starter.trace_id,
+            checkpoint,
         };
         let (entry, arrival) = Entry::new(fixed, now.after(self.config.defaults.stream_open_timeout));
         let entry = Arc::new(entry);

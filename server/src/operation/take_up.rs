@@ -9,28 +9,31 @@
 //!   Running         they go on to RUNNING       STATE_LOST
 //!   Stopped         nothing left to do          STATE_LOST, and the checkpoint stands
 //! ```
+//! An operation of which a kept device does not answer yet is not taken up, and its devices stay leased, until it answers or
+//! is known to be lost: what became of its state nobody can tell before.
 //! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use futures_util::future::join_all;
 use tracing::Instrument as _;
-use vfio_checkpoint_device::operation::{
-    self, BoxError, LoadedBefore, Owner, RecordedRestore, RecordedSave, StateSink,
-};
-use vfio_checkpoint_device::{Call, ConfigCapture, Rearm, VerifiedSeal};
+use vfio_checkpoint_device::operation::{self, LoadedBefore, RecordedRestore, RecordedSave};
+use vfio_checkpoint_device::{Call, VerifiedSeal};
 use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, RestorePlan, Role, SavePlan, SaveState, Validity};
+use vfio_checkpoint_proto::ids::DeviceName;
 
 use super::caller::EntryCaller;
-use super::end::{self, End};
+use super::end::{self, End, Why};
 use super::entry::Entry;
 use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
 use super::run::{finish, lanes, span};
 use crate::core::Core;
 use crate::failpoint::reached;
-use crate::registry::opening::Arrived;
+use crate::registry::opening::{Arrival, Arrived};
 use crate::registry::{Lease, Slot};
+use crate::transfer::LeftBehind;
 
 /// An operation that was under way, as the journal has it.
 #[derive(Debug)]
@@ -42,13 +45,12 @@ pub struct Unfinished {
 }
 
 impl Core {
-    /// Takes an operation up. `arrived` says how each of its devices came to be open. Where it has to wait for its
-    /// caller it goes on in a task; else it is over when this returns.
-    pub async fn take_up(self: &Arc<Self>, unfinished: Unfinished, arrived: &[Arrived]) {
+    /// Takes an operation up. `arriving` says how each device comes to be open. Where it has to wait for its caller, or for
+    /// a device that is late, it goes on in a task; else it is over when this returns.
+    pub async fn take_up(self: &Arc<Self>, unfinished: Unfinished, arriving: &BTreeMap<DeviceName, Arrival>) {
         let Unfinished { entry, step } = unfinished;
         let slots =
             entry.device_names().filter_map(|name| self.registry.get(name).cloned()).collect::<Vec<_>>();
-        let whole = slots.len() == entry.fixed.devices.len();
         let lease = match self.registry.lease(slots, &entry.fixed.name) {
             Ok(lease) => lease,
             Err(leased) => {
@@ -57,37 +59,82 @@ impl Core {
                 return;
             }
         };
-        // Kept, and yet not what the operation had: reset since, by a start of the agent that did not come to its end.
-        let devices = entry.fixed.devices.iter().zip(arrived);
-        let arrived: Vec<Arrived> = devices
-            .filter_map(|(device, how)| {
-                let slot = self.registry.get(&device.device)?;
-                Some(if is_same(slot, device, entry.fixed.job, &step) { *how } else { Arrived::Opened })
-            })
-            .collect();
-        let span = span(self, &entry);
+        let arrivals: Vec<Option<Arrival>> =
+            entry.device_names().map(|name| arriving.get(name).cloned()).collect();
+        let is_late = arrivals.iter().flatten().any(|arrival| arrival.peek().is_none());
         let core = Arc::clone(self);
-        let kept = whole
-            && arrived.len() == lease.slots().len()
-            && arrived.iter().all(|how| *how == Arrived::Adopted);
-        let waits = matches!(step, RecordedStep::Held { .. });
-        let work = async move {
-            tracing::warn!(?step, kept, "taken up after the agent ended");
-            reached(format_args!("take-up begins"));
-            let ended = if kept {
-                adopted(&core, &entry, &lease, step).await
-            } else {
-                not_kept(&entry, &lease, &step, &arrived).await
-            };
-            finish(&core, &entry, lease, ended).await;
+        if is_late {
+            let span = span(self, &entry);
+            tracing::warn!(operation = %entry.fixed.name, ?step, "not taken up before a device of it answers");
+            entry.signals.set_waits_for_device(true);
+            self.tasks.spawn(async move {
+                let arrived = arrived(arrivals).await;
+                entry.signals.set_waits_for_device(false);
+                core.go_on(entry, lease, step, &arrived).instrument(span).await;
+            });
+            return;
         }
-        .instrument(span);
-        if kept && waits {
+        let arrived = arrived(arrivals).await;
+        let waits = matches!(step, RecordedStep::Held { .. });
+        let span = span(self, &entry);
+        let is_kept = core.is_kept(&entry, &lease, &step, &arrived);
+        let work = async move { core.go_on(entry, lease, step, &arrived).await }.instrument(span);
+        if is_kept && waits {
             self.tasks.spawn(work);
         } else {
             work.await;
         }
     }
+
+    /// How each device of the operation that is still configured is there for it.
+    fn for_it(&self, entry: &Entry, step: &RecordedStep, arrived: &[Arrived]) -> Vec<Arrived> {
+        // Kept, and yet not what the operation had: reset since, by a start of the agent that did not come to its end.
+        let devices = entry.fixed.devices.iter().zip(arrived);
+        devices
+            .filter_map(|(device, how)| {
+                let slot = self.registry.get(&device.device)?;
+                Some(if is_same(slot, device, entry.fixed.job, step) { *how } else { Arrived::Opened })
+            })
+            .collect()
+    }
+
+    /// Whether the operation has all of its devices as it had them.
+    fn is_kept(&self, entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[Arrived]) -> bool {
+        let arrived = self.for_it(entry, step, arrived);
+        lease.slots().len() == entry.fixed.devices.len()
+            && arrived.len() == lease.slots().len()
+            && arrived.iter().all(|how| *how == Arrived::Adopted)
+    }
+
+    async fn go_on(
+        self: Arc<Self>,
+        entry: Arc<Entry>,
+        lease: Lease,
+        step: RecordedStep,
+        arrived: &[Arrived],
+    ) {
+        let kept = self.is_kept(&entry, &lease, &step, arrived);
+        tracing::warn!(?step, kept, "taken up after the agent ended");
+        reached(format_args!("take-up begins"));
+        let ended = if kept {
+            adopted(&self, &entry, &lease, step).await
+        } else {
+            let arrived = self.for_it(&entry, &step, arrived);
+            not_kept(&self, &entry, &lease, &step, &arrived).await
+        };
+        finish(&self, &entry, lease, ended).await;
+    }
+}
+
+async fn arrived(arrivals: Vec<Option<Arrival>>) -> Vec<Arrived> {
+    let each = arrivals.into_iter().map(|arrival| async move {
+        match arrival {
+            Some(arrival) => arrival.await,
+            // It is not configured any more.
+            None => Arrived::Not,
+        }
+    });
+    join_all(each).await
 }
 
 /// Whether what lives in a device is what the operation at `step` had there. A device that is opened gets a new logical
@@ -123,6 +170,12 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
         stream: None,
         on_record: step.clone().into(),
     };
+    let checkpoint = match entry.fixed.job {
+        JobRecord::Save { .. } => entry.fixed.checkpoint.clone(),
+        // It takes the checkpoint, and has nothing to say of it.
+        JobRecord::Restore { .. } => None,
+    };
+    let mut left = LeftBehind { core: Arc::clone(core), checkpoint };
     match entry.fixed.job {
         JobRecord::Save { pre_copy, barrier, after, .. } => {
             let after = match after {
@@ -139,7 +192,7 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
                 },
                 RecordedStep::Stopped | RecordedStep::Ended(_) => RecordedSave::Stopped,
             };
-            let ended = operation::take_up_save(&lanes, plan, recorded, &caller, &mut NoStream).await;
+            let ended = operation::take_up_save(&lanes, plan, recorded, &caller, &mut left).await;
             match ended {
                 Ok(SaveState::Completed | SaveState::CompletedStopped) => end::sealed_save(entry),
                 Ok(state) => end::unexpected(state),
@@ -169,14 +222,20 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
             };
             let terms_ready = core.config.defaults.hold_timeout;
             let ended =
-                operation::take_up_restore(&lanes, plan, recorded, terms_ready, &caller, &mut NoStream).await;
+                operation::take_up_restore(&lanes, plan, recorded, terms_ready, &caller, &mut left).await;
             end::of_restore(entry, lease, ended)
         }
     }
 }
 
 /// Brings back what was kept of a set, alone, and says what became of the rest.
-async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[Arrived]) -> End {
+async fn not_kept(
+    core: &Core,
+    entry: &Entry,
+    lease: &Lease,
+    step: &RecordedStep,
+    arrived: &[Arrived],
+) -> End {
     let role = match (entry.fixed.job, step) {
         // Nothing of the restore had begun: what is in the devices is their own.
         (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Admitted) => Role::Source,
@@ -193,11 +252,18 @@ async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[
     for (slot, how) in lease.slots().iter().zip(arrived) {
         match how {
             Arrived::Opened => {
-                lost.push(slot.name().clone());
+                let why = if slot.sim().is_some() {
+                    Why::Simulated
+                } else if core.keeper.is_none() {
+                    Why::NoHolder
+                } else {
+                    Why::NotKept
+                };
+                lost.push((slot.name().clone(), why));
                 reset.push(slot.name().clone());
             }
             // The holder may have it still, as it was.
-            Arrived::Not => lost.push(slot.name().clone()),
+            Arrived::Not => lost.push((slot.name().clone(), Why::NotOpen)),
             // It stays stopped as was asked for: its checkpoint may run elsewhere.
             Arrived::Adopted if *step == RecordedStep::Stopped => {}
             Arrived::Adopted => {
@@ -211,33 +277,4 @@ async fn not_kept(entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[
         }
     }
     end::not_kept(entry, lost, reset, quarantined, step)
-}
-
-/// What a taken-up operation has in place of a stream: nothing comes and nothing goes.
-#[derive(Debug)]
-struct NoStream;
-
-impl StateSink for NoStream {
-    async fn chunk(&mut self, _device: usize, _bytes: Bytes) -> Result<(), BoxError> {
-        Err("a stream does not survive the agent".into())
-    }
-
-    async fn seal(&mut self, _config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
-        Err("a stream does not survive the agent".into())
-    }
-
-    /// The mark is in the journal.
-    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-
-    async fn discard(&mut self) -> Result<(), BoxError> {
-        Ok(())
-    }
-}
-
-impl Owner for NoStream {
-    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
-        Ok(())
-    }
 }

@@ -1,8 +1,28 @@
 //! How a configured device comes to be open: adopted from the holder, or opened, which resets it.
+//!
+//! ```text
+//!   holder has it --adopt--> answered: as it was
+//!        |                   silent:   late; waited for, for ever, with whatever claims it
+//!        |                   over:     let go of
+//!        '- no -----------------------> opened, and so reset
+//! ```
+//!
+//! # Invariants
+//! - What the holder keeps is let go of only where it is another device or its connection is over. A device process that
+//!   stands still says neither.
+//! - A device is brought in by one task at a time.
+//!
+//! # Failure paths
+//! What is in the way of an adoption and is not the device leaves it with the holder: UNAVAILABLE, and tried again.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Shared};
+use tokio::sync::Notify;
 use vfio_checkpoint_device::address::{Access, Keepsake, Opened as OpenDevice};
 use vfio_checkpoint_device::{Call, DeviceLane, Driver, chain};
 use vfio_checkpoint_fsm::{Role, State};
@@ -11,7 +31,7 @@ use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId};
 use super::keeper::Keeper;
 use super::slot::{Facts, Opened, Slot};
 use super::view::Standing;
-use crate::core::Core;
+use crate::core::{Core, Tasks};
 use crate::environment::Environment;
 use crate::failpoint::reached;
 use crate::journal::{Change, DeviceRecord, Journal};
@@ -26,6 +46,12 @@ pub enum Arrived {
     /// Not at all.
     Not,
 }
+
+/// How a device comes to be open, also where that takes as long as its process stands still.
+pub type Arrival = Shared<BoxFuture<'static, Arrived>>;
+
+/// Its process is given so long to answer before the agent goes on without it.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 
 /// Why a device that the holder keeps is not taken over.
 #[derive(Debug)]
@@ -46,12 +72,26 @@ pub struct Opener {
     /// The holder, where there is one.
     pub keeper: Option<Keeper>,
     /// A call on a device that takes longer puts it out of service.
-    pub call_limit: std::time::Duration,
+    pub call_limit: Duration,
 }
 
 impl Opener {
-    /// Brings a slot's device in. `before` is what the journal says of it.
-    pub async fn bring_in(&self, slot: &Arc<Slot>, before: Option<DeviceRecord>) -> Arrived {
+    /// Begins to bring a slot's device in, which goes on among `tasks`. Ready once it is in, or is late.
+    pub async fn begin(&self, slot: &Arc<Slot>, before: Option<DeviceRecord>, tasks: &Tasks) -> Arrival {
+        let (opener, slot, late) = (self.clone(), Arc::clone(slot), Arc::new(Notify::new()));
+        let tell = Arc::clone(&late);
+        let arrival = async move { opener.bring_in(&slot, before, &tell).await }.boxed().shared();
+        tasks.spawn(arrival.clone().map(drop));
+        tokio::select! {
+            biased;
+            _arrived = arrival.clone() => {}
+            () = late.notified() => {}
+        }
+        arrival
+    }
+
+    /// Brings a slot's device in. `before` is what the journal says of it. Tells `late` where its process does not answer.
+    pub async fn bring_in(&self, slot: &Arc<Slot>, before: Option<DeviceRecord>, late: &Notify) -> Arrived {
         let kept = match &self.keeper {
             Some(keeper) => match keeper.take(slot.name().clone()).await {
                 Ok(kept) => kept,
@@ -65,7 +105,7 @@ impl Opener {
         };
         if let Some(keepsake) = kept {
             reached(format_args!("boot: keepsake taken"));
-            match self.adopt(slot, keepsake, before.as_ref()).await {
+            match self.adopt(slot, keepsake, before.as_ref(), late).await {
                 Ok(()) => return Arrived::Adopted,
                 // What is in the way is not the device: it stays with the holder as it is, for the next try.
                 Err(NotAdopted::Yet(problem)) => {
@@ -99,15 +139,36 @@ impl Opener {
         slot: &Arc<Slot>,
         keepsake: Keepsake,
         before: Option<&DeviceRecord>,
+        late: &Notify,
     ) -> Result<(), NotAdopted> {
-        let (address, access) = (slot.address().clone(), self.access(slot));
-        let adopted = self
-            .environment
-            .blocking("adopt", move || address.adopt(keepsake, access))
-            .await
-            .map_err(|error| NotAdopted::Yet(error.to_string()))?
-            .map_err(|error| NotAdopted::Lost(chain(&error)))?;
-        let record = before.cloned().unwrap_or_else(|| self.new_record(None));
+        // To give a silent process up is to close its connection, by which it resets its device: not for the agent to decide.
+        let access = Access { adopt_within: Duration::MAX, ..self.access(slot) };
+        let address = slot.address().clone();
+        let mut adopting = pin!(self.environment.blocking("adopt", move || address.adopt(keepsake, access)));
+        let adopted = tokio::select! {
+            biased;
+            adopted = &mut adopting => adopted,
+            () = self.environment.sleep(self.call_limit.min(ANSWERS_WITHIN)) => {
+                let problem = "its process does not answer, and may stand still: the holder keeps it, and it is taken over \
+                               once it answers; to give its state up, end the process";
+                tracing::error!(device = %slot.name(), problem, "not adopted yet");
+                slot.unavailable(problem.to_owned());
+                late.notify_one();
+                adopting.await
+            }
+        };
+        let adopted = adopted.map_err(|error| NotAdopted::Yet(error.to_string()))?.map_err(|error| {
+            let kind = if error.is_for_good() { NotAdopted::Lost } else { NotAdopted::Yet };
+            kind(chain(&error))
+        })?;
+        let record = before.cloned().unwrap_or_else(|| {
+            tracing::error!(
+                device = %slot.name(),
+                "the holder keeps it, and the journal has never heard of it: whether its state may run here nobody knows, \
+                 so it is quarantined; ask what became of its last checkpoint, then ResetDevice it, which can keep its state"
+            );
+            DeviceRecord { quarantined: true, ..self.new_record(None) }
+        });
         self.take_in(slot, adopted, record).await.map_err(NotAdopted::Yet)
     }
 
@@ -135,7 +196,12 @@ impl Opener {
         record: DeviceRecord,
     ) -> Result<(), String> {
         let OpenDevice { device, keepsake, sim } = opened;
-        let driver = Driver::new(device);
+        let looks_on = Arc::downgrade(slot);
+        let driver = Driver::new(device).watched(move |state| {
+            if let Some(slot) = looks_on.upgrade() {
+                slot.set_state(state);
+            }
+        });
         let facts = Facts {
             driver: driver.identity().driver.clone(),
             capabilities: *driver.capabilities(),
@@ -194,19 +260,51 @@ pub fn new_logical(environment: &Environment) -> LogicalDeviceId {
 /// Tries again, for as long as the agent lives, to open what could not be opened.
 ///
 /// `before` is what the journal said of the devices when the agent began: one that is adopted late comes with it.
-pub async fn retry_unavailable(core: Arc<Core>, opener: Opener, before: BTreeMap<DeviceName, DeviceRecord>) {
-    const EVERY: std::time::Duration = std::time::Duration::from_secs(30);
+///
+/// What is in `arriving` and has not arrived is waited for, and not tried meanwhile.
+pub async fn retry_unavailable(
+    core: Arc<Core>,
+    opener: Opener,
+    before: BTreeMap<DeviceName, DeviceRecord>,
+    mut arriving: BTreeMap<DeviceName, Arrival>,
+) {
+    const EVERY: Duration = Duration::from_secs(30);
+    for (name, arrival) in &arriving {
+        if let (None, Some(slot)) = (arrival.peek(), core.registry.get(name)) {
+            core.tasks.spawn(bring_back_late(Arc::clone(&core), Arc::clone(slot), arrival.clone()));
+        }
+    }
     loop {
         core.environment.sleep(EVERY).await;
         for slot in core.registry.all() {
-            if slot.lane().is_none() && slot.leased_by().is_none() {
+            let arrives = arriving.get(slot.name()).is_some_and(|arrival| arrival.peek().is_none());
+            if slot.lane().is_none() && slot.leased_by().is_none() && !arrives {
                 let before = slot.view().record.or_else(|| before.get(slot.name()).cloned());
-                if opener.bring_in(slot, before).await != Arrived::Not {
-                    tracing::info!(device = %slot.name(), "open now");
-                    bring_back_unclaimed(&core, slot).await;
+                let arrival = opener.begin(slot, before, &core.tasks).await;
+                arriving.insert(slot.name().clone(), arrival.clone());
+                match arrival.peek() {
+                    Some(Arrived::Adopted | Arrived::Opened) => {
+                        tracing::info!(device = %slot.name(), "open now");
+                        bring_back_unclaimed(&core, slot).await;
+                    }
+                    Some(Arrived::Not) => {}
+                    None => {
+                        core.tasks.spawn(bring_back_late(Arc::clone(&core), Arc::clone(slot), arrival));
+                    }
                 }
             }
         }
+    }
+}
+
+/// Waits for a device that is late. One that an operation waits for as well is the operation's.
+async fn bring_back_late(core: Arc<Core>, slot: Arc<Slot>, arrival: Arrival) {
+    match arrival.await {
+        Arrived::Adopted | Arrived::Opened => {
+            tracing::info!(device = %slot.name(), "open now");
+            bring_back_unclaimed(&core, &slot).await;
+        }
+        Arrived::Not => {}
     }
 }
 

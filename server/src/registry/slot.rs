@@ -182,10 +182,18 @@ impl Slot {
         });
     }
 
-    /// Takes in the state that an operation left the device in.
+    /// Takes in the state that an operation has just read back. Nothing more is known of a device that hangs.
     pub fn set_state(&self, state: State) {
         let now = self.environment.unix_now();
-        self.change(|view| view.state = Some((state, now)));
+        self.change(|view| match view.standing {
+            Standing::Hung(_) => {}
+            Standing::Ready
+            | Standing::Quarantined
+            | Standing::Unavailable(_)
+            | Standing::NotMigratable(_) => {
+                view.state = Some((state, now));
+            }
+        });
     }
 
     /// Who uses it, where a caller says so.
@@ -193,7 +201,8 @@ impl Slot {
         self.change(|view| view.owner_pod = owner_pod);
     }
 
-    /// Reads the device back, unless an operation is at work on it or it is not open, and says how it is.
+    /// Reads the device back, unless an operation is at work on it or it is not open, and says how it is. Of one that
+    /// has an operation the driver tells each state as it reads it back.
     pub async fn refresh(&self) -> DeviceView {
         if self.leased_by().is_none() {
             self.read_back().await;

@@ -16,11 +16,12 @@ use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointService;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::{VersionRange, negotiate};
 
-use super::{Refusal, audit, caller, messages, open, own_entry, spec, to_its_end};
+use super::{Refusal, audit, caller, messages, open, own_entry, spec, stored, to_its_end};
 use crate::core::Core;
 use crate::operation::record::JobRecord;
 use crate::operation::{Entry, Refused, Starter};
 use crate::security::authorize::Caller;
+use crate::security::peers::PeerInfo;
 use crate::security::roles::Role;
 use crate::telemetry;
 use crate::transfer::Attached;
@@ -70,6 +71,7 @@ impl Checkpoints {
     async fn attach(
         &self,
         caller: &Caller,
+        peer: Option<PeerInfo>,
         mut incoming: Streaming<v1::StreamStateRequest>,
         operation: &mut String,
     ) -> Result<Pin<Box<dyn Stream<Item = Result<v1::StreamStateResponse, Status>> + Send>>, Refusal> {
@@ -105,11 +107,14 @@ impl Checkpoints {
         let version = negotiate(VersionRange::OURS, open.versions)
             .map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
         let (outgoing, from_operation) = Link::outgoing_channel();
-        let incoming = incoming.map(|request| match request {
+        let incoming = incoming.map(move |request| match request {
             Ok(request) => Ok(request.message.unwrap_or_default()),
-            Err(status) => {
-                Err(LinkError::failed(format!("the caller's stream failed: {}", status.message()), status))
-            }
+            // In words alone: the causes of a status are the internals of the connection, which say nothing to whoever
+            // reads why an operation failed.
+            Err(status) => Err(LinkError::ended(match peer.as_ref().and_then(PeerInfo::cut_reason) {
+                Some(reason) => format!("this agent ended the caller's connection: {reason}"),
+                None => format!("the caller's stream failed: {}", status.message()),
+            })),
         });
         let link = Link::new(incoming, outgoing.clone());
         let attached = Attached { link, version, max_chunk_bytes: open.max_chunk_bytes, outgoing };
@@ -165,7 +170,8 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<Self::StreamStateStream>, Status> {
         let caller = caller(request.extensions())?;
         let mut operation = String::new();
-        let attached = self.attach(&caller, request.into_inner(), &mut operation).await;
+        let peer = request.extensions().get::<PeerInfo>().cloned();
+        let attached = self.attach(&caller, peer, request.into_inner(), &mut operation).await;
         audit(&caller, "StreamState", &operation, &attached);
         Ok(Response::new(attached?))
     }
@@ -203,6 +209,44 @@ impl CheckpointService for Checkpoints {
         let said = self.say(&caller, &wire.operation, Entry::cutover);
         audit(&caller, "Cutover", &wire.operation, &said);
         Ok(Response::new(v1::CutoverResponse { operation: Some(messages::operation(&*said?)) }))
+    }
+
+    async fn get_checkpoint(
+        &self,
+        request: Request<v1::GetCheckpointRequest>,
+    ) -> Result<Response<v1::GetCheckpointResponse>, Status> {
+        let (_, wire) = open(request)?;
+        let checkpoint = stored::get(&self.core, &wire.name).await?;
+        Ok(Response::new(v1::GetCheckpointResponse { checkpoint: Some(checkpoint) }))
+    }
+
+    async fn list_checkpoints(
+        &self,
+        request: Request<v1::ListCheckpointsRequest>,
+    ) -> Result<Response<v1::ListCheckpointsResponse>, Status> {
+        let (_, wire) = open(request)?;
+        Ok(Response::new(stored::list(&self.core, spec(wire)?).await?))
+    }
+
+    async fn delete_checkpoint(
+        &self,
+        request: Request<v1::DeleteCheckpointRequest>,
+    ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
+        let (caller, wire) = open(request)?;
+        let deleted = stored::delete(&self.core, &wire.name, &caller).await;
+        audit(&caller, "DeleteCheckpoint", &wire.name, &deleted);
+        deleted?;
+        Ok(Response::new(v1::DeleteCheckpointResponse {}))
+    }
+
+    type VerifyCheckpointStream = stored::Verification;
+
+    async fn verify_checkpoint(
+        &self,
+        request: Request<v1::VerifyCheckpointRequest>,
+    ) -> Result<Response<Self::VerifyCheckpointStream>, Status> {
+        let (_, wire) = open(request)?;
+        Ok(Response::new(stored::verify(&self.core, &wire.name).await?))
     }
 
     async fn resume(

@@ -216,11 +216,11 @@ async fn reset_on(lane: &DeviceLane, mode: ResetMode, quarantined: bool) -> Resu
             lane.start(Call::Reset, |driver| driver.reset().map(|()| Outcome::StateLost)).finished().await
         }
         ResetMode::KeepState if quarantined => {
-            // Somebody looked at it, and says that it is sound; the device has to agree.
-            let reinstated = lane.start(Call::GetState, Driver::reinstate).finished().await;
-            return match reinstated {
+            // Somebody looked at it, and says that what it carries may run; the device has to agree.
+            let brought_back = lane.start(Call::GetState, Driver::bring_back).finished().await;
+            return match brought_back {
                 Ok(Ok(())) => Ok(Outcome::Preserved),
-                Ok(Err(error)) => Err((chain(&error), true)),
+                Ok(Err(failure)) => Err((chain(&failure), true)),
                 Err(hung) => Err((hung.to_string(), true)),
             };
         }

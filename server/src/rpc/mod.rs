@@ -12,6 +12,7 @@ mod devices;
 mod messages;
 mod operations;
 mod status;
+mod stored;
 mod unread;
 
 use std::collections::HashMap;

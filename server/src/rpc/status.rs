@@ -14,8 +14,9 @@ use tonic::{Code, Status};
 use tonic_types::{PreconditionViolation, StatusExt};
 use vfio_checkpoint_device::chain;
 use vfio_checkpoint_proto::domain::Invalid;
-use vfio_checkpoint_proto::ids::{DeviceName, OperationName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName, StoreName};
 use vfio_checkpoint_proto::v1::ErrorReason;
+use vfio_checkpoint_store::StoreError;
 
 use crate::journal::JournalError;
 use crate::operation::Refused;
@@ -40,6 +41,32 @@ pub enum Refusal {
     /// No such operation.
     #[error("there is no {0}; it is of another agent, or finished and forgotten")]
     OperationNotFound(OperationName),
+    /// No such store.
+    #[error("there is no {0} on this agent; its configuration says which there are")]
+    StoreNotFound(StoreName),
+    /// No such checkpoint.
+    #[error("there is no {0}; it was deleted, or never whole; ListCheckpoints shows those that are")]
+    CheckpointNotFound(CheckpointName),
+    /// A checkpoint of somebody else.
+    #[error("{0} was made by another identity, and only that one or an admin may delete it")]
+    NotYourCheckpoint(CheckpointName),
+    /// What a store says of a checkpoint cannot be.
+    #[error("{checkpoint} is damaged: {problem}; delete it")]
+    CheckpointDamaged {
+        /// Which one.
+        checkpoint: CheckpointName,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A store.
+    #[error("{at}: {}", chain(.error))]
+    Store {
+        /// Which one, or which checkpoint of it.
+        at: String,
+        /// What it said.
+        #[source]
+        error: Box<StoreError>,
+    },
     /// Something is in the way.
     #[error("{}", blockers(.0))]
     Blocked(Vec<Blocker>),
@@ -153,6 +180,11 @@ impl From<Refusal> for Status {
             }
             Refusal::DeviceNotFound(_)
             | Refusal::OperationNotFound(_)
+            | Refusal::StoreNotFound(_)
+            | Refusal::CheckpointNotFound(_)
+            | Refusal::NotYourCheckpoint(_)
+            | Refusal::CheckpointDamaged { .. }
+            | Refusal::Store { .. }
             | Refusal::Operation { .. }
             | Refusal::NotYours(_)
             | Refusal::NotYourLog(_)
@@ -194,8 +226,14 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
                 Refused::NoHold => ErrorReason::NoHold,
                 Refused::NotHeld { .. } => ErrorReason::NotHeld,
                 Refused::StreamTaken => ErrorReason::StreamTaken,
+                Refused::NoStream => ErrorReason::NoStream,
             },
         ),
+        Refusal::StoreNotFound(_) => (Code::NotFound, ErrorReason::StoreNotFound),
+        Refusal::CheckpointNotFound(_) => (Code::NotFound, ErrorReason::CheckpointNotFound),
+        Refusal::NotYourCheckpoint(_) => (Code::PermissionDenied, ErrorReason::NotYourCheckpoint),
+        Refusal::CheckpointDamaged { .. } => (Code::FailedPrecondition, ErrorReason::CheckpointDamaged),
+        Refusal::Store { error, .. } => store(error),
         Refusal::NotYours(_) => (Code::PermissionDenied, ErrorReason::NotYourOperation),
         Refusal::NotYourLog(_) => (Code::PermissionDenied, ErrorReason::NotYourDirtyLog),
         Refusal::StreamRole { .. } => (Code::FailedPrecondition, ErrorReason::StreamRole),
@@ -211,6 +249,25 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
     }
 }
 
+fn store(error: &StoreError) -> (Code, ErrorReason) {
+    match error {
+        StoreError::Damaged { .. } => (Code::FailedPrecondition, ErrorReason::CheckpointDamaged),
+        StoreError::NotFound { .. } | StoreError::Revoked { .. } => {
+            (Code::NotFound, ErrorReason::CheckpointNotFound)
+        }
+        StoreError::Unavailable { .. } | StoreError::DiskFull { .. } | StoreError::NoSpace { .. } => {
+            (Code::Unavailable, ErrorReason::StoreUnavailable)
+        }
+        StoreError::Foreign { .. }
+        | StoreError::NotRegular { .. }
+        | StoreError::TooLarge { .. }
+        | StoreError::Invalid { .. }
+        | StoreError::Location { .. }
+        | StoreError::Folder { .. } => (Code::FailedPrecondition, ErrorReason::StoreUnusable),
+        StoreError::Died => (Code::Internal, ErrorReason::Defect),
+    }
+}
+
 fn metadata(refusal: &Refusal) -> HashMap<String, String> {
     let (key, value) = match refusal {
         Refusal::DeviceNotFound(device) | Refusal::NotYourLog(device) | Refusal::Device { device, .. } => {
@@ -221,6 +278,11 @@ fn metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::Operation { operation, .. }
         | Refusal::RoleOfOperation { operation, .. }
         | Refusal::StreamRole { operation, .. } => ("operation", operation.to_string()),
+        Refusal::StoreNotFound(store) => ("store", store.to_string()),
+        Refusal::CheckpointNotFound(checkpoint)
+        | Refusal::NotYourCheckpoint(checkpoint)
+        | Refusal::CheckpointDamaged { checkpoint, .. } => ("checkpoint", checkpoint.to_string()),
+        Refusal::Store { at, .. } => ("store", at.clone()),
         Refusal::Invalid(_)
         | Refusal::PageToken
         | Refusal::Blocked(_)

@@ -70,6 +70,11 @@ pub const METHODS: &[MethodRule] = &[
         AnyOf(&[Saver, Restorer, Peer, Admin]),
         Mutates,
     ),
+    rule("/vfio.checkpoint.v1.CheckpointService/GetCheckpoint", READERS, Reads),
+    rule("/vfio.checkpoint.v1.CheckpointService/ListCheckpoints", READERS, Reads),
+    // Of the caller's own making; that is the handler's to check.
+    rule("/vfio.checkpoint.v1.CheckpointService/DeleteCheckpoint", AnyOf(&[Saver, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.CheckpointService/VerifyCheckpoint", AnyOf(&[Saver, Restorer, Admin]), Reads),
     rule("/vfio.checkpoint.v1.OperationService/GetOperation", READERS, Reads),
     rule("/vfio.checkpoint.v1.OperationService/ListOperations", READERS, Reads),
     rule("/vfio.checkpoint.v1.OperationService/WaitOperation", READERS, Reads),

@@ -4,7 +4,7 @@
 //!   traceparent in gRPC metadata --> span of the call --> of the operation --> of its phases --> of each arc
 //! ```
 //! Spans carry W3C trace context, so that what several agents do for one caller is one trace. There is no exporter here:
-//! the ids are in the logs, and in [`Operation.trace_id`](vfio_checkpoint_proto::v1::Operation).
+//! the id is `trace_id` of the spans of calls and operations in every line of the log, and in [`Operation.trace_id`](vfio_checkpoint_proto::v1::Operation).
 //!
 //! Blob bytes and keys are never logged.
 
@@ -16,8 +16,11 @@ use std::io;
 
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
+use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::{EnvFilter, ParseError};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
@@ -46,27 +49,43 @@ pub enum TelemetryError {
 
 /// Sets logging up for this process.
 pub fn begin(config: &TelemetryConfig) -> Result<(), TelemetryError> {
+    let colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+        && io::IsTerminal::is_terminal(&io::stderr());
+    subscriber(config, colour, io::stderr)?.try_init()?;
+    Ok(())
+}
+
+/// What takes in spans and events, and writes lines; text with colours where these are wanted.
+pub fn subscriber<W>(
+    config: &TelemetryConfig,
+    colour: bool,
+    writer: W,
+) -> Result<impl Subscriber + Send + Sync + 'static, TelemetryError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
     let filter = EnvFilter::builder()
         .parse(&config.log)
         .map_err(|source| TelemetryError::Filter { filter: config.log.clone(), source })?;
     let tracer = SdkTracerProvider::builder().build().tracer("vfio-checkpointd");
     let spans = tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_location(false);
     let registry = tracing_subscriber::registry().with(filter).with(spans);
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-    match config.format {
-        LogFormat::Text => {
-            let colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-                && io::IsTerminal::is_terminal(&io::stderr());
-            registry.with(lines.with_ansi(colour)).try_init()?;
-        }
-        LogFormat::Json => registry.with(lines.json().with_span_list(false)).try_init()?,
-    }
-    Ok(())
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines = match config.format {
+        LogFormat::Text => lines.with_ansi(colour).boxed(),
+        // With the list: the ids are in the span of the operation, and most lines are written in one of an arc.
+        LogFormat::Json => lines.json().with_span_list(true).boxed(),
+    };
+    Ok(registry.with(lines))
 }
 
 /// The trace that the current span belongs to, as 32 hexadecimal digits, where there is one.
 pub fn current_trace_id() -> Option<String> {
-    let context = tracing::Span::current().context();
+    trace_id_of(&tracing::Span::current())
+}
+
+fn trace_id_of(span: &tracing::Span) -> Option<String> {
+    let context = span.context();
     let span = context.span().span_context().clone();
     span.is_valid().then(|| span.trace_id().to_string())
 }

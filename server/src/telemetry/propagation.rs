@@ -54,10 +54,14 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let span = tracing::info_span!("rpc", method = request.uri().path());
+        let span =
+            tracing::info_span!("rpc", method = request.uri().path(), trace_id = tracing::field::Empty);
         let parent = TraceContextPropagator::new().extract(&Headers(request.headers()));
         // Without a subscriber that traces there is nothing to continue.
         let _ = span.set_parent(parent);
+        if let Some(trace_id) = super::trace_id_of(&span) {
+            span.record("trace_id", trace_id);
+        }
         let _entered = span.enter();
         self.inner.call(request).instrument(span.clone())
     }
@@ -65,6 +69,7 @@ where
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
     use http::HeaderValue;
     use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
     use opentelemetry_sdk::trace::SdkTracerProvider;
@@ -80,16 +85,19 @@ mod tests {
         let subscriber =
             tracing_subscriber::registry().with(tracing_opentelemetry::layer().with_tracer(tracer));
         tracing::subscriber::with_default(subscriber, || {
-            let mut headers = HeaderMap::new();
-            headers.insert("traceparent", HeaderValue::from_static(PARENT));
-            let span = tracing::info_span!("call");
-            span.set_parent(TraceContextPropagator::new().extract(&Headers(&headers))).unwrap();
-            let _entered = span.enter();
-            assert_eq!(
-                crate::telemetry::current_trace_id().as_deref(),
-                Some("0af7651916cd43dd8448eb211c80319c")
-            );
-            assert!(span.context().span().span_context().is_valid());
+            let asked = tower::service_fn(|_: Request<()>| async {
+                Ok::<_, std::convert::Infallible>(crate::telemetry::current_trace_id())
+            });
+            let ask = |request: Request<()>| {
+                TraceLayer.layer(asked).call(request).now_or_never().unwrap().unwrap().unwrap()
+            };
+            let request = || Request::builder().uri("/a.Service/Method");
+            let with_parent = request().header("traceparent", PARENT).body(()).unwrap();
+            assert_eq!(ask(with_parent), "0af7651916cd43dd8448eb211c80319c");
+            // Without one it begins its own, each its own.
+            let [one, another] = [ask(request().body(()).unwrap()), ask(request().body(()).unwrap())];
+            assert_eq!(one.len(), 32);
+            assert_ne!(one, another);
         });
     }
 

@@ -4,11 +4,14 @@
 //!   save:     device::operation --chunk, seal--> WireSink --> Giver --frames--> stream
 //!   restore:  stream --frames--> Taker --verified chunks, seals--> WireSource --> device::operation
 //! ```
+//! With a store of the agent in place of the stream it is `StoreSink` and `StoreSource`.
+//!
 //! Nothing here knows gRPC: a stream is a link of messages, as the client library has it, and a peer agent's is the
 //! same. Nothing here holds more than a few chunks.
 
 mod sink;
 mod source;
+mod store;
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,9 +28,12 @@ use vfio_checkpoint_proto::stream::ProtocolError;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::v1::{FailureReason, StreamMessage};
 use vfio_checkpoint_proto::version::Version;
+use vfio_checkpoint_seal::SealMismatch;
+use vfio_checkpoint_store::StoreError;
 
 pub use sink::{SinkWatch, WireSink};
 pub use source::WireSource;
+pub use store::{LeftBehind, StoreSink, StoreSource};
 
 use crate::config::AgentConfig;
 
@@ -91,6 +97,13 @@ impl std::error::Error for Shared {
 
 /// The stable reason of a failure of whoever gives or takes state; none where it is no failure of a stream.
 pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<FailureReason> {
+    if let Some(error) = error.downcast_ref::<StoreError>() {
+        return Some(store_reason(error));
+    }
+    if error.is::<SealMismatch>() {
+        // Every chunk was what its name says, and all together are not what was sealed.
+        return Some(FailureReason::CheckpointDamaged);
+    }
     let shared = error.downcast_ref::<Shared>().map(|shared| &*shared.0);
     Some(match shared.or_else(|| error.downcast_ref::<TransferError>())? {
         TransferError::Broken(_) => FailureReason::StreamBroken,
@@ -100,9 +113,25 @@ pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<FailureReason
             FrameError::SealLength { .. } | FrameError::SealDigest { .. },
         )) => FailureReason::SealMismatch,
         TransferError::Protocol(_) => FailureReason::StreamProtocol,
-        TransferError::Idle(_) => FailureReason::StreamIdle,
+        TransferError::Idle(_) | TransferError::NotSealed(_) => FailureReason::StreamIdle,
         TransferError::Lifetime(_) => FailureReason::StreamLifetime,
     })
+}
+
+fn store_reason(error: &StoreError) -> FailureReason {
+    match error {
+        StoreError::Damaged { .. } | StoreError::NotFound { .. } => FailureReason::CheckpointDamaged,
+        StoreError::NoSpace { .. } | StoreError::DiskFull { .. } => FailureReason::StoreFull,
+        StoreError::Unavailable { .. }
+        | StoreError::NotRegular { .. }
+        | StoreError::Foreign { .. }
+        | StoreError::Revoked { .. }
+        | StoreError::TooLarge { .. }
+        | StoreError::Invalid { .. }
+        | StoreError::Location { .. }
+        | StoreError::Folder { .. }
+        | StoreError::Died => FailureReason::StoreFailed,
+    }
 }
 
 fn capture_to_wire(capture: &ConfigCapture) -> ConfigSpaceCapture {

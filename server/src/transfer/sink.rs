@@ -52,8 +52,14 @@ enum Command {
 
 impl WireSink {
     /// A sink for the operation `entry`, and its pump, which ends with it. Within `idle_timeout` the taker always hears
-    /// something.
-    pub fn new(giver: Giver, entry: Arc<Entry>, environment: &Environment, idle_timeout: Duration) -> Self {
+    /// something, and it has `seal_timeout` to make its checkpoint durable: the devices stand still for it.
+    pub fn new(
+        giver: Giver,
+        entry: Arc<Entry>,
+        environment: &Environment,
+        idle_timeout: Duration,
+        seal_timeout: Duration,
+    ) -> Self {
         // One: a chunk is being sent while the next is being read, and no more is in memory.
         let (commands, queue) = mpsc::channel(1);
         let (give_up, ending) = mpsc::channel(1);
@@ -63,6 +69,7 @@ impl WireSink {
             giver,
             entry: Arc::clone(&entry),
             environment: environment.clone(),
+            seal_timeout,
             silence: (idle_timeout / 3).max(Duration::from_millis(10)),
         };
         tokio::spawn(pump.run(queue, ending, tell));
@@ -156,6 +163,7 @@ struct Pump {
     entry: Arc<Entry>,
     environment: Environment,
     silence: Duration,
+    seal_timeout: Duration,
 }
 
 /// The operation gives its stream up.
@@ -191,6 +199,7 @@ impl Pump {
                 let is_there = match &error {
                     TransferError::Protocol(_)
                     | TransferError::Idle(_)
+                    | TransferError::NotSealed(_)
                     | TransferError::Changed { .. }
                     | TransferError::Lifetime(_) => true,
                     TransferError::Broken(_) | TransferError::AbortedByPeer(_) => false,
@@ -225,7 +234,7 @@ impl Pump {
                     let _ = tell.send(self.giver.seal(device, capture).await?);
                 }
                 Some(Command::Complete(tell)) => {
-                    self.giver.completed().await?;
+                    self.giver.completed_within(self.seal_timeout).await?;
                     let _ = tell.send(());
                     return Ok(None);
                 }

@@ -29,7 +29,9 @@ fn the_demo_proves_what_it_shows() {
     assert_eq!(report["source_digest"], report["destination_digest"]);
     assert!(report["save"]["bytes"].as_u64().unwrap() >= 4 << 20, "{report}");
     assert!(report["save"]["downtime_ms"].as_f64().unwrap() > 0.0, "{report}");
-    assert_eq!(report["restore"]["bytes"], report["save"]["bytes"]);
+    assert_eq!(report["restore"]["bytes"], report["incremental"]["bytes"]);
+    let added = |save: &str| report[save]["added_bytes"].as_u64().unwrap();
+    assert!(added("save") >= 4 << 20 && added("incremental") < added("save") / 2, "{report}");
 }
 
 #[test]

@@ -212,7 +212,7 @@ def give_state(link: Link, state: Checkpoint) -> Iterator[stream.Frame]:
 
 def start_restore(agent: Agent, name: str, state: Checkpoint) -> str:
     """Admits a restore into one device, and returns the name of its operation."""
-    request = checkpoints.RestoreRequest(devices=[name], manifest=state.manifest, validate_only=True)
+    request = checkpoints.RestoreRequest(devices=[name], manifest=state.manifest, allow_fork=True, validate_only=True)
     blocked(list(agent.checkpoints.Restore(request, timeout=CALL_TIMEOUT_SECONDS).blockers))
     request.validate_only = False
     request.request_id = str(uuid.uuid4())

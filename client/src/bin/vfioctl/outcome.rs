@@ -25,6 +25,8 @@ pub(crate) enum Exit {
     NeedsSomebody,
     /// The agent cannot be reached, or does not let this caller in.
     Unreachable,
+    /// The time to wait is over.
+    GoesOn,
     /// Interrupted.
     Interrupted,
 }
@@ -38,6 +40,7 @@ impl Exit {
             Self::Refused => 3,
             Self::NeedsSomebody => 4,
             Self::Unreachable => 5,
+            Self::GoesOn => 6,
             Self::Interrupted => 130,
         }
     }
@@ -119,9 +122,10 @@ pub(crate) fn judge(operation: &Operation) -> (Exit, Option<String>) {
     let mut needs_somebody = false;
     for device in &operation.devices {
         let (what, advice) = match device.standing() {
-            DeviceStanding::Quarantined => {
-                ("is quarantined", "reset it once it is clear what may become of its state")
-            }
+            DeviceStanding::Quarantined => (
+                "is quarantined",
+                "reset it with `vfioctl devices reset` once it is clear what may become of its state",
+            ),
             DeviceStanding::Hung => {
                 ("does not answer", "restart the agent, or the node if that does not help")
             }
@@ -224,7 +228,7 @@ mod tests {
         insta::assert_snapshot!(judge(&failed).1.unwrap(), @"
         operations/1 has failed; at least one device has lost its state; start its workload anew or restore it
           DEVICE_FAILED (devices/a): it did not leave RESUMING
-          devices/b is quarantined; reset it once it is clear what may become of its state
+          devices/b is quarantined; reset it with `vfioctl devices reset` once it is clear what may become of its state
         ");
     }
 

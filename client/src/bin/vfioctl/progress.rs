@@ -1,17 +1,19 @@
 //! How far a stream of state is: on a terminal only.
 
+use std::fmt::Write;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use vfio_checkpoint_proto::domain::Progress;
+use vfio_checkpoint_proto::v1::{DataSizeKind, Operation};
 
 use crate::render;
 
 /// How often it is drawn, at most.
 const DRAWS_PER_SECOND: u8 = 8;
 /// No colours, so that `NO_COLOR` has nothing to forbid.
-const STYLE: &str =
-    "{prefix:18} {bytes:>11} / {total_bytes:11} {binary_bytes_per_sec:>13}  ETA {eta:4} {msg}";
+/// The message is cut where the terminal ends: a line that is wrapped cannot be drawn over.
+const STYLE: &str = "{prefix:10} {bytes:>10} / {total:10} {rate:>14}  ETA {left:3} {wide_msg}";
 
 /// A line that says how far it is. It draws nothing where stderr is no terminal.
 pub(crate) struct Meter {
@@ -23,7 +25,7 @@ impl Meter {
         let bar =
             ProgressBar::with_draw_target(total_bytes, ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND));
         if let Ok(style) = ProgressStyle::with_template(STYLE) {
-            bar.set_style(style);
+            bar.set_style(style.with_key("total", total).with_key("rate", rate).with_key("left", left));
         }
         Self { bar }
     }
@@ -39,6 +41,33 @@ impl Meter {
         if let Some(downtime) = progress.predicted_downtime {
             self.bar.set_message(format!("downtime about {}", render::time(downtime)));
         }
+    }
+
+    /// As an operation is now, whose state goes past this program.
+    pub(crate) fn follow(&self, operation: &Operation) {
+        self.bar.set_prefix(render::phase(operation.phase()));
+        self.reach(operation.moved_bytes);
+        match operation.total.as_ref().map(|total| (total.kind(), total.bytes)) {
+            Some((DataSizeKind::Known | DataSizeKind::UpperBound, bytes)) => self.bar.set_length(bytes),
+            Some((DataSizeKind::Unknown | DataSizeKind::Unspecified, _)) | None => self.bar.unset_length(),
+        }
+        if let Some(downtime) = render::span(operation.predicted_downtime.as_ref()) {
+            self.bar.set_message(format!("downtime about {}", render::time(downtime)));
+        }
+    }
+
+    /// So many bytes in all.
+    pub(crate) fn reach(&self, bytes: u64) {
+        self.bar.set_position(bytes);
+    }
+
+    pub(crate) fn expect(&self, total_bytes: u64) {
+        self.bar.set_length(total_bytes);
+    }
+
+    /// Whether anybody sees it.
+    pub(crate) fn is_seen(&self) -> bool {
+        !self.bar.is_hidden()
     }
 
     pub(crate) fn phase(&self, phase: &'static str) {
@@ -57,6 +86,28 @@ impl Meter {
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.bar.position()
     }
+}
+
+/// What is not known is a dash, and not nothing.
+fn total(state: &ProgressState, out: &mut dyn Write) {
+    let text = state.len().filter(|total| *total > 0).map(render::bytes);
+    // A line that cannot be drawn is drawn again soon.
+    let _undrawn = out.write_str(&render::or_dash(text));
+}
+
+fn rate(state: &ProgressState, out: &mut dyn Write) {
+    let is_known = state.per_sec() >= 1.0;
+    let _undrawn = if is_known {
+        write!(out, "{:.1} MiB/s", state.per_sec() / f64::from(1 << 20))
+    } else {
+        out.write_str("-")
+    };
+}
+
+fn left(state: &ProgressState, out: &mut dyn Write) {
+    let is_known = state.per_sec() >= 1.0 && state.len().is_some_and(|total| total > 0);
+    let _undrawn =
+        if is_known { write!(out, "{:#}", HumanDuration(state.eta())) } else { out.write_str("-") };
 }
 
 impl Drop for Meter {

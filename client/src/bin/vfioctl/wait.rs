@@ -2,6 +2,7 @@
 //!
 //! An operation outlives every connection: where a call fails because the agent is away, it is asked again for a while.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -9,25 +10,72 @@ use vfio_checkpoint_client::call::{CallError, Client};
 use vfio_checkpoint_proto::ids::OperationName;
 use vfio_checkpoint_proto::v1::{CancelOperationRequest, Operation, OperationAction};
 
-use crate::calls::missing;
+use crate::cli::Waiting;
+use crate::commands::missing;
 use crate::outcome::{Exit, Failure, judge};
+use crate::progress::Meter;
 use crate::render;
 
 /// How often something to do is looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How many times in a row an agent may be away. Each time the call itself has tried for as long as `--timeout`.
-const MAX_AWAY: u32 = 5;
+pub(crate) const MAX_AWAY: u32 = 5;
+/// How often a line of progress is drawn anew where somebody sees it.
+const DRAW_EVERY: Duration = Duration::from_millis(500);
 
 /// Waits until an operation is done, and says once what its caller may do.
 pub(crate) async fn done(client: &Client, name: &OperationName) -> Result<Operation, Failure> {
+    poll(client, name, None).await
+}
+
+/// The same, for no longer than a limit, and with a line of progress.
+pub(crate) async fn until_done(
+    client: &Client,
+    name: &OperationName,
+    limit: Option<Duration>,
+    meter: Option<&Meter>,
+) -> Result<Operation, Failure> {
+    let Some(limit) = limit else { return poll(client, name, meter).await };
+    tokio::time::timeout(limit, poll(client, name, meter)).await.unwrap_or_else(|_| {
+        let text = format!(
+            "{name} is not done after {}, and goes on; to follow it call: vfioctl operations watch {}",
+            humantime::format_duration(limit),
+            name.id()
+        );
+        Err(Failure::new(Exit::GoesOn, text))
+    })
+}
+
+/// Stays with an operation that was started here: Ctrl-C cancels it.
+pub(crate) async fn stay(
+    client: &Client,
+    name: &OperationName,
+    waiting: &Waiting,
+    interrupts: &mut Interrupts,
+) -> Result<Operation, Failure> {
+    let meter = Meter::new(None);
+    let waited = until_done(client, name, waiting.wait_timeout, Some(&meter));
+    match interrupts.or(client, name, waited).await {
+        Some(done) => done,
+        None => Err(after_interrupt(client, name, interrupts).await),
+    }
+}
+
+async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> Result<Operation, Failure> {
+    let say = |text: &str| match meter {
+        Some(meter) => meter.say(text),
+        None => render::say(text),
+    };
+    let look_every = if meter.is_some_and(Meter::is_seen) { DRAW_EVERY } else { LOOK_EVERY };
     let mut told = Vec::new();
     let mut away = 0;
     loop {
-        let answer = match client.wait_operation(name.as_str(), LOOK_EVERY).await {
+        let asked = tokio::time::Instant::now();
+        let answer = match client.wait_operation(name.as_str(), look_every).await {
             Ok(answer) => answer,
             Err(error @ (CallError::NotConnected { .. } | CallError::Deadline { .. })) if away < MAX_AWAY => {
                 away += 1;
-                render::say(&format!("{error}\n{name} goes on without this connection; asking again"));
+                say(&format!("{error}\n{name} goes on without this connection; asking again"));
                 tokio::time::sleep(LOOK_EVERY).await;
                 continue;
             }
@@ -41,6 +89,9 @@ pub(crate) async fn done(client: &Client, name: &OperationName) -> Result<Operat
         };
         away = 0;
         let operation = answer.operation.ok_or_else(|| missing("WaitOperation", "operation"))?;
+        if let Some(meter) = meter {
+            meter.follow(&operation);
+        }
         if operation.done {
             return Ok(operation);
         }
@@ -50,9 +101,11 @@ pub(crate) async fn done(client: &Client, name: &OperationName) -> Result<Operat
         ] {
             if operation.actions().any(|found| found == action) && !told.contains(&action) {
                 told.push(action);
-                render::say(&format!("{text} {}", name.id()));
+                say(&format!("{text} {}", name.id()));
             }
         }
+        // The agent answers when the time is up. One that does not wait must not be asked without end.
+        tokio::time::sleep_until(asked + look_every / 2).await;
     }
 }
 
@@ -75,22 +128,27 @@ impl Interrupts {
         }
     }
 
-    /// Runs the work of an operation; on Ctrl-C cancels the operation first, and then drops the work.
+    /// Runs the work of an operation. On Ctrl-C cancels the operation first, and then drops the work: from then on what
+    /// came of the work is not asked, because it may have ended by the cancellation.
     pub(crate) async fn or<T>(
         &mut self,
         client: &Client,
         name: &OperationName,
         work: impl Future<Output = T>,
     ) -> Option<T> {
+        let mut work = pin!(work);
         tokio::select! {
-            result = work => Some(result),
-            () = async {
-                self.next().await;
-                render::say(&format!("interrupted; cancelling {name}"));
-                // The stream ends only after this, so that the operation knows that it was cancelled and did not break.
-                cancel(client, name).await;
-            } => None,
+            result = &mut work => return Some(result),
+            () = self.next() => {}
         }
+        render::say(&format!("interrupted; cancelling {name}"));
+        // The stream ends only after this, so that the operation knows that it was cancelled and did not break.
+        let mut cancelling = pin!(cancel(client, name));
+        tokio::select! {
+            () = &mut cancelling => {}
+            _ended = &mut work => cancelling.await,
+        }
+        None
     }
 }
 

@@ -74,12 +74,37 @@ pub struct Driver {
     /// The last session here that ended other than by its own steps.
     cut_short: Option<SessionId>,
     steps: Vec<Step>,
+    watcher: Watcher,
+}
+
+/// Told of every state that is read back, on the thread of the device: it must be quick.
+#[derive(Default)]
+struct Watcher(Option<Box<dyn Fn(State) + Send>>);
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Watcher").field(&self.0.is_some()).finish()
+    }
 }
 
 impl Driver {
     /// Takes charge of a device, in whatever state it is. Nothing is called.
     pub fn new(device: Box<dyn MigrationDevice>) -> Self {
-        Self { device, standing: Standing::InService, engaged: None, cut_short: None, steps: Vec::new() }
+        Self {
+            device,
+            standing: Standing::InService,
+            engaged: None,
+            cut_short: None,
+            steps: Vec::new(),
+            watcher: Watcher::default(),
+        }
+    }
+
+    /// Tells `seen` of each state that a step reads back, at once: whoever looks on cannot ask a device that an
+    /// operation has.
+    #[must_use]
+    pub fn watched(self, seen: impl Fn(State) + Send + 'static) -> Self {
+        Self { watcher: Watcher(Some(Box::new(seen))), ..self }
     }
 
     /// Which device this is.
@@ -167,6 +192,22 @@ impl Driver {
             .map_err(|found| DeviceError::Elsewhere { asked: State::Running, found })?;
         self.standing = Standing::InService;
         Ok(())
+    }
+
+    /// Ends a quarantine because somebody decided that what the device carries may run: a source goes back to RUNNING with
+    /// its state. From RESUMING and ERROR no way leads there, and the quarantine stays.
+    pub fn bring_back(&mut self) -> Result<(), Failure> {
+        match self.device.state() {
+            Ok(State::Running) => self.reinstate().map_err(|error| self.refuse(error)),
+            Ok(State::Stop | State::StopCopy | State::RunningP2p | State::PreCopy | State::PreCopyP2p) => {
+                self.standing = Standing::InService;
+                self.recover_left_over(Role::Source).map(|_preserved| ())
+            }
+            Ok(found @ (State::Resuming | State::Error)) => {
+                Err(self.refuse(DeviceError::Elsewhere { asked: State::Running, found }))
+            }
+            Err(error) => Err(self.refuse(error)),
+        }
     }
 
     /// Takes the device out of service because somebody decided to, and gives up its session without a call.

@@ -496,3 +496,15 @@ fn a_log_that_cannot_be_read_counts_every_page() {
     assert_eq!(driver.report_dma_log(range, 4096).unwrap().ranges(), []);
     assert!(driver.start_dma_log(3000, &[range]).is_err());
 }
+
+#[test]
+fn each_state_that_a_step_reads_back_is_told_at_once() {
+    let (slot, time) = slot(Capabilities { p2p: true, pre_copy: true });
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut driver = driver(&slot, &time, &[]).watched(move |state| tell.send(state).unwrap());
+    save(&mut driver, SaveMode::StopCopy).unwrap();
+    let mut told: Vec<State> = told.try_iter().collect();
+    told.dedup();
+    let stopped = [State::Running, State::RunningP2p, State::StopCopy, State::Stop];
+    assert_eq!(told, [&stopped[..], &[State::RunningP2p, State::Running]].concat());
+}

@@ -133,6 +133,9 @@ impl Driver {
             Ok(state) => Ok(*state),
             Err(error) => Err(Answer::of_error(error)),
         }));
+        if let (Ok(state), Some(seen)) = (&read, &self.watcher.0) {
+            seen(*state);
+        }
         read
     }
 

@@ -38,7 +38,7 @@ mod tests;
 
 pub use caller::{Alone, Caller, DeviceProgress, OperationStep, Progress};
 pub use error::{BoxError, Cause, OperationError};
-pub use precopy::{Decision, Left, PrecopyPolicy};
+pub use precopy::{Decision, Left, Pace, PrecopyPolicy};
 pub use restore::{RestoreReport, RestoreTerms, restore};
 pub use save::{SaveReport, SaveTerms, save};
 pub use state::{Arrival, Owner, StateSink, StateSource};

@@ -40,10 +40,61 @@ pub struct Left {
     pub stop_copy: DataSize,
     /// Whether the device had nothing to hand out just now.
     pub nothing_now: bool,
-    /// Bytes handed out so far.
-    pub copied_bytes: u64,
-    /// How long the copying took. Pauses, and the copying of other devices, do not count: a stop has none.
-    pub copying: Duration,
+    /// What reading it has shown so far.
+    pub pace: Pace,
+}
+
+/// What reading a device while it runs has shown. It is read in passes: each ends when there is nothing to hand out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pace {
+    copied_bytes: u64,
+    /// Since the device had nothing last.
+    pass: Pass,
+    /// The rate is measured on the largest pass: those that bring a few dirty pages take their time for few bytes, which
+    /// says nothing about a stop.
+    largest: Pass,
+    had_nothing: bool,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Pass {
+    bytes: u64,
+    copying: Duration,
+}
+
+impl Pace {
+    /// Takes in a read of so many bytes. Pauses, and the copying of other devices, are not part of what it took: a stop
+    /// has none.
+    pub fn read(&mut self, bytes: u64, took: Duration, nothing_now: bool) {
+        self.copied_bytes = self.copied_bytes.saturating_add(bytes);
+        if bytes > 0 {
+            self.pass.bytes = self.pass.bytes.saturating_add(bytes);
+            self.pass.copying = self.pass.copying.saturating_add(took);
+        }
+        if self.pass.bytes >= self.largest.bytes {
+            self.largest = self.pass;
+        }
+        if nothing_now {
+            self.had_nothing = true;
+            self.pass = Pass::default();
+        }
+    }
+
+    /// Where a device does not say what is dirty, it is what came since it had nothing: the like of it may be dirty
+    /// again. All of the first pass is new.
+    fn dirty_bytes(&self) -> u64 {
+        if self.had_nothing { self.pass.bytes } else { 0 }
+    }
+
+    /// How long so many bytes take, where a rate is known.
+    fn time_for(&self, bytes: u64) -> Option<Duration> {
+        let Pass { bytes: measured, copying } = self.largest;
+        if measured == 0 || copying.is_zero() {
+            return None;
+        }
+        let nanos = u128::from(bytes).saturating_mul(copying.as_nanos()) / u128::from(measured);
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
 }
 
 /// What to do.
@@ -61,8 +112,9 @@ impl PrecopyPolicy {
     /// Decides for a set of devices, `elapsed` after pre-copy began. They are drained one after another, so what each
     /// would take adds up.
     pub fn decide(&self, left: &[Left], elapsed: Duration) -> Decision {
-        let initial_done =
-            left.iter().all(|left| left.precopy.map_or(left.nothing_now, |info| info.initial_bytes == 0));
+        let initial_done = left
+            .iter()
+            .all(|left| left.precopy.map_or(left.pace.had_nothing, |info| info.initial_bytes == 0));
         let fits = Left::predicted_downtime_of(left).is_some_and(|downtime| downtime <= self.downtime_limit);
         if initial_done && (fits || self.cannot_be_told(left)) {
             Decision::CutOver
@@ -75,13 +127,13 @@ impl PrecopyPolicy {
         }
     }
 
-    /// No device has more to hand out, and for one of them it cannot be told what a stop takes: it does not say how
-    /// much state it has, or handed out nothing to measure a rate by. Waiting longer brings no better knowledge. Where
-    /// the caller insists on the limit, unknown meets no limit.
+    /// No device has more to hand out, and for one of them it cannot be told what a stop takes: it does not say what is
+    /// dirty, or how much state it has, or handed out nothing to measure a rate by. Waiting longer brings no better
+    /// knowledge. Where the caller insists on the limit, unknown meets no limit.
     fn cannot_be_told(&self, left: &[Left]) -> bool {
         self.stop_over_limit
             && left.iter().all(|left| left.nothing_now)
-            && left.iter().any(|left| left.predicted_downtime().is_none())
+            && left.iter().any(|left| left.precopy.is_none() || left.predicted_downtime().is_none())
     }
 }
 
@@ -98,21 +150,12 @@ impl Left {
         // nothing about the part that only a stopped device hands out. Each alone is wrong: the size bounds from
         // above, and what was copied and is not dirty again need not be copied twice.
         let size = self.stop_copy.bytes()?;
-        let bytes = match self.precopy {
-            Some(info) => {
-                let dirty = info.initial_bytes.saturating_add(info.dirty_bytes);
-                size.saturating_sub(self.copied_bytes).max(dirty).min(size)
-            }
-            None => size,
+        let dirty = match self.precopy {
+            Some(info) => info.initial_bytes.saturating_add(info.dirty_bytes),
+            None => self.pace.dirty_bytes(),
         };
-        if bytes == 0 {
-            return Some(Duration::ZERO);
-        }
-        if self.copied_bytes == 0 || self.copying.is_zero() {
-            return None;
-        }
-        let nanos = u128::from(bytes).saturating_mul(self.copying.as_nanos()) / u128::from(self.copied_bytes);
-        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+        let bytes = size.saturating_sub(self.pace.copied_bytes).max(dirty).min(size);
+        if bytes == 0 { Some(Duration::ZERO) } else { self.pace.time_for(bytes) }
     }
 }
 
@@ -132,9 +175,23 @@ mod tests {
             precopy: Some(PrecopyInfo { initial_bytes: initial, dirty_bytes: dirty, reinit: false }),
             stop_copy: DataSize::UpperBound(1000),
             nothing_now: false,
-            copied_bytes: 1000,
-            copying: Duration::from_secs(1),
+            pace: pace(&[(1000, 1000, false)]),
         }
+    }
+
+    /// Bytes, milliseconds, and whether there was nothing more.
+    fn pace(reads: &[(u64, u64, bool)]) -> Pace {
+        let mut pace = Pace::default();
+        for (bytes, millis, nothing_now) in reads {
+            pace.read(*bytes, Duration::from_millis(*millis), *nothing_now);
+        }
+        pace
+    }
+
+    /// A device that does not say what is dirty, of at most 1000 bytes.
+    fn silent(reads: &[(u64, u64, bool)]) -> Left {
+        let nothing_now = reads.last().is_some_and(|read| read.2);
+        Left { precopy: None, stop_copy: DataSize::UpperBound(1000), nothing_now, pace: pace(reads) }
     }
 
     const SOON: Duration = Duration::from_secs(1);
@@ -165,10 +222,57 @@ mod tests {
 
     #[test]
     fn unknown_meets_no_limit_unless_allowed() {
-        let unknown = Left { precopy: None, stop_copy: DataSize::Unknown, nothing_now: true, ..left(0, 0) };
+        let unknown = Left { stop_copy: DataSize::Unknown, ..silent(&[(1000, 1000, true)]) };
         assert_eq!(unknown.predicted_downtime(), None);
         assert_eq!(POLICY.decide(&[unknown], SOON), Decision::Continue);
         let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
         assert_eq!(stop.decide(&[unknown], SOON), Decision::CutOver);
+    }
+
+    #[test]
+    fn a_quiet_device_that_does_not_say_what_is_dirty_is_done_when_it_has_nothing_more() {
+        let half = silent(&[(500, 500, false)]);
+        assert_eq!(POLICY.decide(&[half], SOON), Decision::Continue);
+        assert_eq!(
+            half.predicted_downtime(),
+            Some(Duration::from_millis(500)),
+            "what was copied is not left"
+        );
+        let all = silent(&[(500, 500, false), (500, 500, true)]);
+        assert_eq!(all.predicted_downtime(), Some(Duration::ZERO));
+        assert_eq!(POLICY.decide(&[all], SOON), Decision::CutOver);
+        // Its peer is not done.
+        assert_eq!(POLICY.decide(&[all, left(1, 0)], SOON), Decision::Continue);
+    }
+
+    #[test]
+    fn of_such_a_device_what_came_since_it_had_nothing_is_dirty() {
+        let begins = [(1000, 1000, true), (100, 100, false)];
+        assert_eq!(silent(&begins).predicted_downtime(), Some(Duration::from_millis(100)));
+        assert_eq!(POLICY.decide(&[silent(&begins)], SOON), Decision::CutOver);
+        let goes_on = silent(&[begins[0], begins[1], (1, 1, false)]);
+        assert_eq!(POLICY.decide(&[goes_on], SOON), Decision::Continue);
+        assert_eq!(POLICY.decide(&[goes_on], POLICY.time_budget), Decision::GiveUp, "the budget ends it");
+        let again = silent(&[begins[0], begins[1], (1, 1, true)]);
+        assert_eq!(again.predicted_downtime(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn what_only_a_stop_brings_is_waited_for_by_those_who_insist_on_the_limit_alone() {
+        let rest = silent(&[(500, 500, true)]);
+        assert_eq!(rest.predicted_downtime(), Some(Duration::from_millis(500)));
+        assert_eq!(POLICY.decide(&[rest], SOON), Decision::Continue);
+        let stop = PrecopyPolicy { stop_over_limit: true, ..POLICY };
+        assert_eq!(stop.decide(&[rest], SOON), Decision::CutOver);
+    }
+
+    #[test]
+    fn small_dirty_reads_do_not_drag_the_rate_down() {
+        let mut dirty = left(0, 100);
+        dirty.pace = pace(&[(1000, 1000, true), (1, 5000, true), (1, 5000, true)]);
+        assert_eq!(dirty.predicted_downtime(), Some(Duration::from_millis(100)));
+        // A device that begins with a few bytes is measured by what follows.
+        dirty.pace = pace(&[(1, 5000, true), (1000, 1000, false)]);
+        assert_eq!(dirty.predicted_downtime(), Some(Duration::from_millis(100)));
     }
 }

@@ -13,7 +13,7 @@ pub use report::{SaveReport, SaveTerms};
 use super::error::{Cause, OperationError, Unwound};
 use super::machine::{LostTrack, Machine, begin, drive};
 use super::set::{Noted, Seats};
-use super::{Caller, DeviceProgress, OperationStep, Progress, StateSink, capabilities};
+use super::{Caller, DeviceProgress, OperationStep, Pace, Progress, StateSink, capabilities};
 use crate::driver::{Driver, Peers, Quiesced, SaveMode, SaveSession, Stopped};
 use crate::lane::Then;
 use crate::{Call, ChunkPool, ConfigCapture, DeviceLane};
@@ -53,8 +53,8 @@ pub(super) enum Hold {
 #[derive(Default)]
 struct Flow {
     pool: Option<ChunkPool>,
-    /// How long reading and handing on took while the device ran.
-    copying: Duration,
+    /// What reading and handing on have shown while the device ran.
+    pace: Pace,
 }
 
 pub(super) struct SaveRun<'a, S> {

@@ -102,6 +102,11 @@ async fn reload(arguments: &Serve, agent: &Agent) {
     let _ = agent.tls().reload().await;
     match load(arguments) {
         Ok(config) => {
+            let changed = agent.core().config.differs_in(&config);
+            if !changed.is_empty() {
+                let sections = changed.join(", ");
+                tracing::warn!(sections, "these sections have changed, and take a restart to be in force");
+            }
             let grants = config.grants.len();
             let cut_off = agent.set_policy(Policy { grants: config.grants });
             tracing::info!(grants, cut_off, "grants read again");

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use vfio_checkpoint_device::{Backend, DeviceCapabilities};
-use vfio_checkpoint_proto::domain::{LogicalDevice, SourceDisposition};
+use vfio_checkpoint_proto::domain::{LogicalDevice, RestoreSource, SourceDisposition};
 use vfio_checkpoint_proto::ids::{Epoch, LogicalDeviceId, OperationName};
 
 use super::*;
@@ -71,6 +71,7 @@ fn spec() -> SaveRequestSpec {
         validate_only: false,
         request_id: None,
         owner_pod: None,
+        store: None,
     }
 }
 
@@ -230,17 +231,19 @@ fn saved(id: &str, logical: u8, firmware: &str, bytes: u64) -> DeviceManifest {
 fn restored(ids: &[&str], devices: Vec<DeviceManifest>) -> RestoreSpec {
     RestoreSpec {
         devices: ids.iter().map(|id| DeviceName::from_id(id).unwrap()).collect(),
-        manifest: domain::Manifest {
+        source: RestoreSource::Stream(Box::new(Manifest {
             operation: operation(),
             create_time: SystemTime::UNIX_EPOCH,
             devices,
-            source_disposition: SourceDisposition::RunsOn,
-        },
+            source_disposition: SourceDisposition::StaysStopped,
+        })),
         after: AfterRestore::Run,
         max_bytes: None,
         validate_only: false,
         request_id: None,
         owner_pod: None,
+        allow_fork: false,
+        allow_inconsistent: false,
     }
 }
 
@@ -249,7 +252,8 @@ fn a_state_goes_into_a_device_that_matches_it() {
     use BlockerReason::{FingerprintMismatch, NoP2p, TooLarge};
     let one = |firmware: &str, bytes| restored(&["a"], vec![saved("x", 1, firmware, bytes)]);
     let told = |views: &[DeviceView], spec: &RestoreSpec| {
-        let (found, plan) = restore(views, spec, BOUNDS);
+        let RestoreSource::Stream(manifest) = &spec.source else { panic!("a stream") };
+        let (found, plan) = restore(views, spec, manifest, &Whereabouts::default(), BOUNDS);
         (reasons(&found).into_iter().map(|(reason, id)| (reason, id.to_owned())).collect::<Vec<_>>(), plan)
     };
     let about = |reason, id: &str| (reason, id.to_owned());

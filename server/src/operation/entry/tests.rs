@@ -10,6 +10,7 @@ fn entry(job: JobRecord) -> Entry {
         owner_pod: String::new(),
         created: UnixMillis(0),
         trace_id: None,
+        checkpoint: None,
     };
     Entry::new(fixed, UnixMillis(1)).0
 }
@@ -35,7 +36,7 @@ fn a_hold_that_is_taken_up_lasts_no_longer_than_it_was_to() {
     let minute = Duration::from_mins(1);
     let held_at = UnixMillis(1_000_000_000);
     let deadline = held_at.after(minute);
-    let step = RecordedStep::Held { deadline, limit: Some(minute) };
+    let step = RecordedStep::Held { deadline, limit: Some(minute), stopped_at: None };
     for (now, left, told) in [
         (held_at.after(Duration::from_secs(20)), Duration::from_secs(40), deadline),
         (deadline.after(minute), Duration::ZERO, deadline),
@@ -48,7 +49,7 @@ fn a_hold_that_is_taken_up_lasts_no_longer_than_it_was_to() {
         let view = held.view();
         assert_eq!((view.phase, view.deadline), (Phase::Held, Some(told)), "{now:?}");
     }
-    let of_before = RecordedStep::Held { deadline, limit: None };
+    let of_before = RecordedStep::Held { deadline, limit: None, stopped_at: None };
     assert_eq!(of_before.hold_left(UnixMillis(0)), Duration::from_millis(deadline.0));
     assert_eq!(RecordedStep::Stopped.hold_left(UnixMillis(0)), Duration::ZERO);
 }

@@ -29,7 +29,8 @@ async fn admit(core: &Arc<Core>, found: &Found) -> Result<(Arc<Entry>, Lease, ru
     let record = view.record.clone().unwrap();
     let devices = vec![(view.name.clone(), record.logical, record.epoch)];
     let starter = Starter { caller: "somebody".to_owned(), request: None, trace_id: None };
-    core.admit(found, Vec::new(), job, devices, String::new(), starter).await
+    let asked = Asked { job, devices, owner_pod: String::new(), kept: None };
+    core.admit(found, Vec::new(), asked, starter).await
 }
 
 /// What another operation leaves behind that had the device between the look at it and its lease.

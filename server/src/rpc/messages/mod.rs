@@ -1,9 +1,11 @@
 //! From what the agent knows to what the wire says. One way only: what comes from a peer is validated in the contract's
 //! own crate.
 
+mod checkpoint;
 mod device;
 mod operation;
 
+pub(super) use checkpoint::checkpoint;
 pub(super) use device::{blocker, data_size, device};
 pub(crate) use operation::phase;
 pub(super) use operation::{operation, operation_at, prediction};

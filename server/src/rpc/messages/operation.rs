@@ -1,6 +1,7 @@
 //! An operation on the wire.
 
 use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_seal::Seal;
 
 use super::{data_size, duration};
 use crate::operation::admission::Prediction;
@@ -57,6 +58,7 @@ pub(in crate::rpc) fn operation_at(entry: &Entry, view: &View) -> v1::Operation 
             .into(),
         revision: view.revision,
         trace_id: fixed.trace_id.clone().unwrap_or_default(),
+        checkpoint: fixed.checkpoint.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
 
@@ -73,10 +75,7 @@ fn device(fixed: &OperationDeviceRecord, live: &Live, end: Option<&EndRecord>) -
         moved_bytes: live.moved_bytes,
         pre_copy_bytes: live.pre_copy_bytes,
         total: Some(data_size(live.total)),
-        seal: live.seal.map(|seal| v1::Seal {
-            length_bytes: seal.bytes,
-            blake3: bytes::Bytes::copy_from_slice(&seal.blake3),
-        }),
+        seal: live.seal.map(seal),
         standing: standing.into(),
         logical_device: Some(v1::LogicalDevice { id: fixed.logical.to_string(), epoch: fixed.epoch.0 }),
     }
@@ -93,6 +92,7 @@ fn kind(job: JobRecord) -> v1::OperationKind {
 pub(crate) fn phase(phase: Phase) -> v1::OperationPhase {
     match phase {
         Phase::WaitingForStream => v1::OperationPhase::WaitingForStream,
+        Phase::Preparing => v1::OperationPhase::Preparing,
         Phase::PreCopy => v1::OperationPhase::PreCopy,
         Phase::WaitingForCutover => v1::OperationPhase::WaitingForCutover,
         Phase::Stopping => v1::OperationPhase::Stopping,
@@ -114,6 +114,11 @@ fn result(result: EndResult) -> v1::OperationResult {
         EndResult::Failed => v1::OperationResult::Failed,
         EndResult::Cancelled => v1::OperationResult::Cancelled,
     }
+}
+
+/// Length and digest.
+pub(super) fn seal(seal: Seal) -> v1::Seal {
+    v1::Seal { length_bytes: seal.bytes, blake3: bytes::Bytes::copy_from_slice(&seal.blake3) }
 }
 
 fn outcome(outcome: EndOutcome) -> v1::StateOutcome {
@@ -143,6 +148,7 @@ fn actions(entry: &Entry, view: &View) -> Vec<v1::OperationAction> {
         Phase::PreCopy | Phase::WaitingForCutover if manual => actions.push(v1::OperationAction::Cutover),
         Phase::Held => actions.push(v1::OperationAction::Resume),
         Phase::PreCopy
+        | Phase::Preparing
         | Phase::WaitingForCutover
         | Phase::Stopping
         | Phase::StopCopy

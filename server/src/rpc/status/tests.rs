@@ -3,6 +3,8 @@
 //! Most reasons are provoked at a served agent by the tests of the workspace. `DEFECT` cannot be: it takes work that
 //! panics, and there is none on purpose. What stands for it there is this map, and `to_its_end`.
 
+use vfio_checkpoint_store::StoreError;
+
 use super::*;
 use crate::core::Tasks;
 use crate::operation::Phase;
@@ -17,6 +19,10 @@ fn operation() -> OperationName {
 
 fn refused(refused: Refused) -> Refusal {
     Refusal::Operation { operation: operation(), refused }
+}
+
+fn checkpoint() -> CheckpointName {
+    "stores/cold/checkpoints/019aa7b4c10-5c0ffee15c0ffee1".parse().unwrap()
 }
 
 fn of_device(reason: ErrorReason) -> Refusal {
@@ -50,6 +56,22 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         ErrorReason::NoHold => Some(refused(Refused::NoHold)),
         ErrorReason::NotHeld => Some(refused(Refused::NotHeld { phase: Phase::Loading })),
         ErrorReason::StreamTaken => Some(refused(Refused::StreamTaken)),
+        ErrorReason::NoStream => Some(refused(Refused::NoStream)),
+        ErrorReason::StoreNotFound => Some(Refusal::StoreNotFound(StoreName::from_id("cold").unwrap())),
+        ErrorReason::CheckpointNotFound => Some(Refusal::CheckpointNotFound(checkpoint())),
+        ErrorReason::NotYourCheckpoint => Some(Refusal::NotYourCheckpoint(checkpoint())),
+        ErrorReason::CheckpointDamaged => {
+            let problem = "its manifest is of another".to_owned();
+            Some(Refusal::CheckpointDamaged { checkpoint: checkpoint(), problem })
+        }
+        ErrorReason::StoreUnavailable => {
+            let error = StoreError::NoSpace { needed_bytes: 2, free_bytes: 1 };
+            Some(Refusal::Store { at: "stores/cold".to_owned(), error: Box::new(error) })
+        }
+        ErrorReason::StoreUnusable => {
+            let error = StoreError::Foreign { name: "/photos".to_owned(), problem: "it holds photos".to_owned() };
+            Some(Refusal::Store { at: "stores/cold".to_owned(), error: Box::new(error) })
+        }
         ErrorReason::StreamRole => {
             Some(Refusal::StreamRole { operation: operation(), kind: "save", role: "TAKER" })
         }
@@ -72,7 +94,10 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::InvalidPageToken
         | ErrorReason::StreamOpen
         | ErrorReason::RequestUnreadable => Code::InvalidArgument,
-        ErrorReason::DeviceNotFound | ErrorReason::OperationNotFound => Code::NotFound,
+        ErrorReason::DeviceNotFound
+        | ErrorReason::OperationNotFound
+        | ErrorReason::StoreNotFound
+        | ErrorReason::CheckpointNotFound => Code::NotFound,
         ErrorReason::Blocked
         | ErrorReason::OperationOver
         | ErrorReason::OperationUndone
@@ -81,6 +106,9 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::NoHold
         | ErrorReason::NotHeld
         | ErrorReason::StreamTaken
+        | ErrorReason::NoStream
+        | ErrorReason::CheckpointDamaged
+        | ErrorReason::StoreUnusable
         | ErrorReason::StreamRole
         | ErrorReason::NoCommonVersion
         | ErrorReason::ResetUnknown
@@ -88,11 +116,14 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::ResetFailed
         | ErrorReason::DirtyTracking => Code::FailedPrecondition,
         ErrorReason::RequestIdReused => Code::AlreadyExists,
-        ErrorReason::JournalFailed | ErrorReason::ShuttingDown => Code::Unavailable,
+        ErrorReason::JournalFailed | ErrorReason::ShuttingDown | ErrorReason::StoreUnavailable => {
+            Code::Unavailable
+        }
         ErrorReason::Unspecified | ErrorReason::Defect => Code::Internal,
         ErrorReason::RoleRequired
         | ErrorReason::NotYourOperation
         | ErrorReason::NotYourDirtyLog
+        | ErrorReason::NotYourCheckpoint
         | ErrorReason::UnknownMethod => Code::PermissionDenied,
         ErrorReason::CertificateRequired | ErrorReason::CertificateEnded => Code::Unauthenticated,
         ErrorReason::RequestTooLong => Code::OutOfRange,

@@ -15,6 +15,8 @@ fn allowed(role: Role) -> BTreeSet<&'static str> {
         "DeviceService/ListDevices",
         "DeviceService/GetDevice",
         "DeviceService/WatchDevices",
+        "CheckpointService/GetCheckpoint",
+        "CheckpointService/ListCheckpoints",
         "OperationService/GetOperation",
         "OperationService/ListOperations",
         "OperationService/WaitOperation",
@@ -31,8 +33,15 @@ fn allowed(role: Role) -> BTreeSet<&'static str> {
         "CheckpointService/Cutover",
         "CheckpointService/Resume",
         "CheckpointService/StreamState",
+        "CheckpointService/DeleteCheckpoint",
+        "CheckpointService/VerifyCheckpoint",
     ];
-    let restorer = ["CheckpointService/Restore", "CheckpointService/Resume", "CheckpointService/StreamState"];
+    let restorer = [
+        "CheckpointService/Restore",
+        "CheckpointService/Resume",
+        "CheckpointService/StreamState",
+        "CheckpointService/VerifyCheckpoint",
+    ];
     let cancel = ["OperationService/CancelOperation"];
     let lists: &[&[&'static str]] = match role {
         Role::Viewer => &[&anybody, &reader],

@@ -119,6 +119,7 @@ pub(super) fn each(facts: &Facts) {
         let request = |device: &str| v1::RestoreRequest {
             devices: vec![format!("devices/{device}")],
             manifest: Some(taken.manifest.clone().into()),
+            allow_fork: true,
             ..v1::RestoreRequest::default()
         };
         let mismatch = [(BlockerReason::FingerprintMismatch, Some("two-ports"))];

@@ -189,6 +189,7 @@ fn restore_request(device: &str, taken: &Taken, after: v1::AfterRestore) -> v1::
     v1::RestoreRequest {
         devices: vec![format!("devices/{device}")],
         manifest: Some(taken.manifest.clone().into()),
+        allow_fork: true,
         after: after.into(),
         ..v1::RestoreRequest::default()
     }

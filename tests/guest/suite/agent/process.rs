@@ -37,7 +37,7 @@ pub(super) fn save_and_restore(facts: &Facts) {
         let folder = lab.path(&format!("checkpoint-{mode}"));
         let saved = lab.succeed(&agent, &["save", "source", "--output", text(&folder), "--pre-copy", mode]);
         assert_eq!(saved["devices"][0]["length_bytes"], 60, "{saved}");
-        lab.succeed(&agent, &["restore", "destination", "--input", text(&folder)]);
+        lab.succeed(&agent, &["restore", "destination", "--input", text(&folder), "--allow-fork"]);
     }
     agent.stop();
     source_process.stop();

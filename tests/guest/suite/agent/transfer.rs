@@ -77,7 +77,7 @@ pub(super) fn save_and_restore(facts: &Facts, path: KernelPath) {
         };
         let hops = [&into[..], &[(StopCopy, Stop), (Stop, RunningP2p), (RunningP2p, Running)]].concat();
         assert_eq!(log.hops(source), hops, "{name}: what the kernel saw of the save");
-        let restored = lab.succeed(&agent, &["restore", name, "--input", text(&folder)]);
+        let restored = lab.succeed(&agent, &["restore", name, "--input", text(&folder), "--allow-fork"]);
         assert_eq!(restored["result"], "SUCCEEDED", "{restored}");
         let seen = log.hops(destination);
         assert_eq!(
@@ -137,7 +137,7 @@ pub(super) fn set_of_two(facts: &Facts) {
             |from, to| (from, to) == (RunningP2p, Running),
         );
     }
-    lab.succeed(&agent, &["restore", "c", "d", "--input", text(&folder)]);
+    lab.succeed(&agent, &["restore", "c", "d", "--input", text(&folder), "--allow-fork"]);
     let hops = log.hops_of_all(&uuids[2..4]);
     barrier(
         &hops,

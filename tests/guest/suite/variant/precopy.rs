@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use vfio_checkpoint_device::driver::{Peers, SaveMode, SaveRead};
 use vfio_checkpoint_device::kernel::{KernelDevice, KernelPath};
-use vfio_checkpoint_device::operation::{BoxError, Decision, Left, PrecopyPolicy, StateSink};
+use vfio_checkpoint_device::operation::{BoxError, Decision, Left, Pace, PrecopyPolicy, StateSink};
 use vfio_checkpoint_device::pool::MIN_CHUNK_BYTES;
 use vfio_checkpoint_device::{
     ChunkPool, ConfigCapture, DataSize, DataStream, MigrationDevice, PrecopyInfo, Read,
@@ -103,8 +103,13 @@ pub(super) fn dirty_bytes(facts: &Facts) {
     let SaveRead::Chunk(header) = session.read(&pool).expect("the header") else { panic!("the header") };
     blob.extend_from_slice(&header);
     assert_eq!(blob.len(), 24);
+    // So slow that what is left takes longer than the limit, in the last round too.
+    let slow = policy.time_budget / 2;
+    let mut pace = Pace::default();
+    pace.read(session.read_bytes(), slow, false);
     for round in 1..=3 {
         assert_eq!(session.read(&pool).expect("a read"), SaveRead::NothingNow, "ENOMSG is not the end");
+        pace.read(0, slow, true);
         assert_eq!(session.precopy_info().expect("info"), Some(info(0, 0)));
         // Two writes before anybody looks are one change.
         uart::scratch(&device, round);
@@ -113,20 +118,14 @@ pub(super) fn dirty_bytes(facts: &Facts) {
         assert_eq!(left, Some(info(0, RECORD_BYTES.into())));
         let size = driver.data_size().expect("a size");
         assert_eq!(size, DataSize::UpperBound(STOP_COPY_BYTES));
-        let mut seen = Left {
-            precopy: left,
-            stop_copy: size,
-            nothing_now: false,
-            copied_bytes: session.read_bytes(),
-            // So slow that what is left takes longer than the limit, in the last round too.
-            copying: policy.time_budget / 2,
-        };
+        let mut seen = Left { precopy: left, stop_copy: size, nothing_now: false, pace };
         assert_eq!(policy.decide(&[seen], Duration::ZERO), Decision::Continue);
         let SaveRead::Chunk(record) = session.read(&pool).expect("a record") else { panic!("a record") };
         assert_eq!(record.len(), 4096);
         blob.extend_from_slice(&record);
         seen.precopy = session.precopy_info().expect("info");
-        seen.copied_bytes = session.read_bytes();
+        pace.read(record.len() as u64, slow, false);
+        seen.pace = pace;
         assert_eq!(policy.decide(&[seen], Duration::ZERO), Decision::CutOver, "it converged");
     }
     driver.quiesce(&session).expect("the barrier");

@@ -112,13 +112,12 @@ impl<S: StateSink> SaveRun<'_, S> {
             Then::End => (None, true),
             Then::Failed(error) => return Err(self.set.fail_device(index, error)),
         };
-        let copied_bytes = self.progress[index].bytes;
-        if copied_bytes > copied {
-            self.flows[index].copying += self.set.now().saturating_sub(begun);
-        }
+        let bytes = self.progress[index].bytes.saturating_sub(copied);
+        let took = self.set.now().saturating_sub(begun);
+        self.flows[index].pace.read(bytes, took, nothing_now);
         let stop_copy = self.ask_size(index).await?;
         self.progress[index].precopy = precopy;
-        Ok(Left { precopy, stop_copy, nothing_now, copied_bytes, copying: self.flows[index].copying })
+        Ok(Left { precopy, stop_copy, nothing_now, pace: self.flows[index].pace })
     }
 
     pub(super) async fn begin(&mut self, index: usize, mode: SaveMode) -> Result<(), Noted> {

@@ -149,7 +149,11 @@ impl VfioUserDevice {
         if !is_stream {
             return Err(ConnectError::NotAConnection { name });
         }
-        let careful = Timing { answer_within: Some(options.connect_within), ..options.timing };
+        let careful = Timing {
+            answer_within: Some(options.connect_within),
+            // A process that stands still may do so in the middle of a message.
+            finish_within: options.timing.finish_within.max(options.connect_within),
+        };
         let shared = Shared::new(Connection::adopt(
             UnixStream::from(socket),
             facts.negotiated(),

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   throwaway CA --> agent node-a [nic0, busy]      agent node-b [nic0, idle]
-//!   operator:  list both -- dry run -- save from a (pre-copy, left stopped) --> folder --> restore on b -- compare
+//!   operator:  list both -- save from a (pre-copy, it runs on) --> store
+//!              once more (only what is new; left stopped)      --> store --> restore on b -- compare
 //! ```
 //! Nothing is staged: both agents serve real gRPC with mutual TLS on loopback, and the operator is the client library.
 //! Only the devices are simulated, so what they hold can be compared: digests of all that is in the one where it stopped

@@ -10,7 +10,7 @@ use vfio_checkpoint_client::connect::ConnectOptions;
 use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_seal::Seal;
-use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig};
+use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig, StoreConfig};
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::security::identity::Identity;
 use vfio_checkpoint_server::security::lab::{LabCa, Validity};
@@ -48,6 +48,7 @@ impl Lab {
         folder: &Path,
         device: &str,
     ) -> Result<Node, Failure> {
+        let shared = folder.join("store");
         let folder = folder.join(name);
         std::fs::create_dir(&folder)?;
         let identity = Identity::Spiffe(format!("spiffe://demo.vfio-checkpoint/agent/{name}").parse()?);
@@ -67,6 +68,17 @@ impl Lab {
             address: device.to_owned(),
             owner_pod: String::new(),
             path: None,
+        }];
+        config.stores = vec![StoreConfig {
+            name: "shared".to_owned(),
+            location: shared.display().to_string(),
+            endpoint: None,
+            region: None,
+            credentials: None,
+            ca: None,
+            allow_http: false,
+            keep_free_bytes: None,
+            collect_interval: None,
         }];
         config.validate()?;
         let agent = Agent::start(config, Environment::production()).await?;

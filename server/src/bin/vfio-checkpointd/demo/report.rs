@@ -17,6 +17,8 @@ pub(super) struct Report {
     pub(super) source: Place,
     pub(super) destination: Place,
     pub(super) save: Saved,
+    /// The same device once more.
+    pub(super) incremental: Saved,
     pub(super) restore: Restored,
     /// Digest of all that the source's device held when it was stopped.
     pub(super) source_digest: String,
@@ -36,9 +38,12 @@ pub(super) struct Place {
 #[derive(Debug, Serialize)]
 pub(super) struct Saved {
     pub(super) operation: String,
+    pub(super) checkpoint: String,
     pub(super) bytes: u64,
     /// Of these, while the device ran.
     pub(super) pre_copy_bytes: u64,
+    /// What the store did not have yet, packed.
+    pub(super) added_bytes: u64,
     pub(super) time_ms: f64,
     pub(super) predicted_downtime_ms: Option<f64>,
     pub(super) downtime_ms: Option<f64>,

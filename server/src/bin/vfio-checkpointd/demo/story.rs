@@ -1,13 +1,8 @@
 //! What happens in the demo, in order.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use vfio_checkpoint_client::call::{Client, new_request_id};
-use vfio_checkpoint_client::folder::{Consistency, Existing, FolderReader, FolderWriter};
-use vfio_checkpoint_client::transfer::{Accepted, GiveState, TakeState};
-use vfio_checkpoint_proto::DEFAULT_CHUNK_BYTES;
-use vfio_checkpoint_proto::domain::ConfigSpaceCapture;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_seal::Seal;
 
@@ -17,6 +12,7 @@ use super::report::{Audience, Place, Report, Restored, Saved, bytes, millisecond
 use crate::args::Demo;
 
 const DEVICE: &str = "devices/nic0";
+const STORE: &str = "stores/shared";
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_mins(10);
 
@@ -30,10 +26,12 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
     let destination = lab.node("node-b", folder.path(), &format!("sim:seed=8,memory={memory}")).await?;
     let (from, to) = (list(audience, &source).await?, list(audience, &destination).await?);
 
-    let checkpoint = folder.path().join("checkpoint");
-    let save = save(audience, &source, &checkpoint).await?;
+    audience.step(&format!("save {DEVICE} of {} into the store of both, while it runs", source.name));
+    let save = save_device(audience, &source, v1::AfterSave::Resume).await?;
+    audience.step("save it once more: what the store has is not stored again; the device stays stopped then");
+    let incremental = save_device(audience, &source, v1::AfterSave::StayStopped).await?;
     let source_digest = source.digest()?;
-    let restore = restore(audience, &destination, &checkpoint).await?;
+    let restore = restore_device(audience, &destination, &incremental.checkpoint).await?;
     let destination_digest = destination.digest()?;
 
     audience.step("proof: digests of all that the devices hold");
@@ -42,7 +40,17 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
     let verified = source_digest == destination_digest;
     source.agent.stop().await?;
     destination.agent.stop().await?;
-    Ok(Report { source: from, destination: to, save, restore, source_digest, destination_digest, verified })
+    let (source, destination) = (from, to);
+    Ok(Report {
+        source,
+        destination,
+        save,
+        incremental,
+        restore,
+        source_digest,
+        destination_digest,
+        verified,
+    })
 }
 
 /// Lists a node's devices, as an operator would.
@@ -58,17 +66,17 @@ async fn list(audience: &Audience, node: &Node) -> Result<Place, Failure> {
     Ok(Place { agent: node.name.to_owned(), device: device.name, address: device.address })
 }
 
-async fn save(audience: &Audience, node: &Node, checkpoint: &Path) -> Result<Saved, Failure> {
+/// Saves a node's device into the store.
+async fn save_device(audience: &Audience, node: &Node, after: v1::AfterSave) -> Result<Saved, Failure> {
     let request = v1::StartSaveRequest {
         devices: vec![DEVICE.to_owned()],
         pre_copy: v1::PreCopyMode::Required.into(),
-        after: v1::AfterSave::StayStopped.into(),
+        after: after.into(),
         memory_capture: v1::MemoryCapture::None.into(),
+        store: STORE.to_owned(),
         request_id: new_request_id().ok_or("this machine has no randomness")?,
         ..v1::StartSaveRequest::default()
     };
-    audience
-        .step(&format!("save {DEVICE} of {} while it runs, into a folder; it stays stopped then", node.name));
     let dry =
         node.operator.start_save(v1::StartSaveRequest { validate_only: true, ..request.clone() }).await?;
     if dry.blockers.is_empty() {
@@ -76,16 +84,18 @@ async fn save(audience: &Audience, node: &Node, checkpoint: &Path) -> Result<Sav
     }
     let begun = Instant::now();
     let operation = node.operator.start_save(request).await?.operation.ok_or("no operation")?.name;
-    let done = tokio::try_join!(
-        take(&node.operator, &operation, checkpoint),
-        watch(audience, &node.operator, &operation)
-    )?
-    .1;
+    let done = watch(audience, &node.operator, &operation).await?;
+    let time_ms = milliseconds(begun.elapsed());
+    let name = done.checkpoint.clone();
+    let checkpoint = node.operator.get_checkpoint(v1::GetCheckpointRequest { name: name.clone() }).await?;
+    let checkpoint = checkpoint.checkpoint.ok_or("no checkpoint")?;
     let saved = Saved {
         operation,
+        checkpoint: name,
         bytes: done.moved_bytes,
         pre_copy_bytes: done.devices.iter().map(|device| device.pre_copy_bytes).sum(),
-        time_ms: milliseconds(begun.elapsed()),
+        added_bytes: checkpoint.added.as_ref().map_or(0, |added| added.stored_bytes),
+        time_ms,
         predicted_downtime_ms: span(done.predicted_downtime.as_ref()),
         downtime_ms: span(done.downtime.as_ref()),
         blake3: done
@@ -104,44 +114,21 @@ async fn save(audience: &Audience, node: &Node, checkpoint: &Path) -> Result<Sav
         saved.downtime_ms.unwrap_or_default(),
         saved.predicted_downtime_ms.unwrap_or_default(),
     ));
+    audience.line(&format!("{}: {} were new to the store", saved.checkpoint, bytes(saved.added_bytes)));
     Ok(saved)
 }
 
-/// Takes the state of a save into a folder.
-async fn take(client: &Client, operation: &str, checkpoint: &Path) -> Result<(), Failure> {
-    let TakeState { manifest, mut taker, .. } = TakeState::open(client, &operation.parse()?).await?;
-    let mut folder = FolderWriter::create(checkpoint, &manifest.into(), Existing::Refuse).await?;
-    while let Some(accepted) = taker.next().await? {
-        match accepted {
-            Accepted::Chunk { device, chunk } => folder.chunk(u32::try_from(device)?, chunk).await?,
-            Accepted::Sealed { device, seal, config } => {
-                folder.seal(u32::try_from(device)?, seal, config.map(Into::into)).await?;
-            }
-            Accepted::Progress(_) => {}
-        }
-    }
-    folder.finish(Consistency::Consistent).await?;
-    Ok(taker.complete().await?)
-}
-
-async fn restore(audience: &Audience, node: &Node, checkpoint: &Path) -> Result<Restored, Failure> {
-    audience.step(&format!("restore it into {DEVICE} of {}", node.name));
-    let begun = Instant::now();
-    let folder = FolderReader::open(checkpoint).await?;
-    folder.verify().await?;
-    audience.line("the folder's digests are as its manifest says");
+async fn restore_device(audience: &Audience, node: &Node, checkpoint: &str) -> Result<Restored, Failure> {
+    audience.step(&format!("restore that into {DEVICE} of {}, out of the store", node.name));
     let request = v1::RestoreRequest {
         devices: vec![DEVICE.to_owned()],
-        manifest: Some(folder.wire_manifest().clone()),
+        checkpoint: checkpoint.to_owned(),
         request_id: new_request_id().ok_or("this machine has no randomness")?,
         ..v1::RestoreRequest::default()
     };
+    let begun = Instant::now();
     let operation = node.operator.restore(request).await?.operation.ok_or("no operation")?.name;
-    let done = tokio::try_join!(
-        give(&node.operator, &operation, &folder),
-        watch(audience, &node.operator, &operation)
-    )?
-    .1;
+    let done = watch(audience, &node.operator, &operation).await?;
     let restored = Restored { operation, bytes: done.moved_bytes, time_ms: milliseconds(begun.elapsed()) };
     audience.line(&format!(
         "{} in {:.0} ms, verified on the way; the device runs",
@@ -149,21 +136,6 @@ async fn restore(audience: &Audience, node: &Node, checkpoint: &Path) -> Result<
         restored.time_ms
     ));
     Ok(restored)
-}
-
-/// Gives a folder's state to a restore.
-async fn give(client: &Client, operation: &str, folder: &FolderReader) -> Result<(), Failure> {
-    let GiveState { mut giver, .. } = GiveState::open(client, &operation.parse()?).await?;
-    for (device, seal) in folder.seals().enumerate() {
-        let mut chunks =
-            folder.chunks(device, DEFAULT_CHUNK_BYTES as usize).ok_or("the folder lacks a device")?;
-        while let Some(chunk) = chunks.next().await? {
-            giver.chunk(device, chunk).await?;
-        }
-        let config = folder.config(device).map(ConfigSpaceCapture::try_from).transpose()?;
-        giver.seal_as(device, config, seal).await?;
-    }
-    Ok(giver.completed().await?)
 }
 
 /// Shows an operation until it is done; an error where it did not succeed.

@@ -1,0 +1,205 @@
+//! State into a store of the agent, and out of one.
+//!
+//! ```text
+//!   save:     device::operation --chunk, seal--> StoreSink --> store::Writer
+//!   restore:  store::Reader --> StoreSource --verified chunks, seals--> device::operation
+//!   taken up: LeftBehind: what is left to be said of a checkpoint once its save is over
+//! ```
+//! A checkpoint is in the store, whole and durable, once [`StateSink::seal`] is over, and not before.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use vfio_checkpoint_client::document::{About, Config};
+use vfio_checkpoint_device::operation::{Arrival, BoxError, Owner, StateSink, StateSource};
+use vfio_checkpoint_device::{ConfigCapture, Rearm};
+use vfio_checkpoint_proto::ids::CheckpointName;
+use vfio_checkpoint_seal::Verifier;
+use vfio_checkpoint_store::{Checkpoint, CheckpointId, Reader, Store, StoreError, Writer};
+
+use super::{capture_from_wire, capture_to_wire};
+use crate::core::Core;
+use crate::failpoint::reached;
+use crate::operation::Entry;
+
+/// The longest piece that is given to a device at once. Chunks in a store may be longer.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Takes the state of an operation's devices and keeps it in a store.
+#[derive(Debug)]
+pub struct StoreSink {
+    store: Store,
+    id: CheckpointId,
+    writer: Option<Writer>,
+    about: About,
+    entry: Arc<Entry>,
+}
+
+impl StoreSink {
+    /// A sink for the operation `entry`, whose checkpoint `writer` makes.
+    pub fn new(store: Store, writer: Writer, about: About, entry: Arc<Entry>) -> Self {
+        Self { store, id: writer.id(), writer: Some(writer), about, entry }
+    }
+
+    /// Removes what it has put into the store, unless a checkpoint was made of it.
+    pub async fn give_up(&mut self) {
+        if let Some(writer) = self.writer.take() {
+            writer.abort().await;
+        }
+    }
+
+    fn writer(&mut self) -> Result<&mut Writer, BoxError> {
+        self.writer.as_mut().ok_or_else(|| "the checkpoint was sealed, or given up, before".into())
+    }
+}
+
+impl StateSink for StoreSink {
+    async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+        reached(format_args!("chunk"));
+        Ok(self.writer()?.chunk(device, bytes).await?)
+    }
+
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        for device in 0..config.len() {
+            let seal = self.writer()?.finish(device).await?;
+            self.entry.sealed(device, seal);
+        }
+        let config = config.iter().map(|capture| {
+            capture.as_ref().map(|capture| Config::from_wire(&capture_to_wire(capture).into())).transpose()
+        });
+        self.about.config = config.collect::<Result<_, _>>()?;
+        let about = serde_json::to_value(&self.about)?;
+        let Some(writer) = self.writer.take() else { return Err("the checkpoint was sealed before".into()) };
+        let manifest = writer.commit(about).await?;
+        reached(format_args!("checkpoint committed"));
+        tracing::info!(
+            checkpoint = %manifest.id,
+            plain_bytes = manifest.plain_bytes(),
+            added_chunks = manifest.added.chunks,
+            added_bytes = manifest.added.stored_bytes,
+            "checkpoint committed"
+        );
+        Ok(())
+    }
+
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        Ok(self.store.mark_inconsistent(self.id).await?)
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        match self.writer.take() {
+            Some(writer) => writer.abort().await,
+            None => discard(&self.store, self.id).await?,
+        }
+        Ok(())
+    }
+}
+
+/// Gives the state of a checkpoint.
+#[derive(Debug)]
+pub struct StoreSource {
+    checkpoint: Checkpoint,
+    about: About,
+    entry: Arc<Entry>,
+    device: usize,
+    at_work: Option<(Reader, Verifier)>,
+    /// What is left of a chunk that is longer than a piece.
+    left: Bytes,
+}
+
+impl StoreSource {
+    /// A source for the operation `entry`.
+    pub fn new(checkpoint: Checkpoint, about: About, entry: Arc<Entry>) -> Self {
+        Self { checkpoint, about, entry, device: 0, at_work: None, left: Bytes::new() }
+    }
+}
+
+impl StateSource for StoreSource {
+    async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
+        let device = self.device;
+        let Some(sealed) = self.checkpoint.seal(device) else { return Ok(None) };
+        let (reader, verifier) =
+            self.at_work.get_or_insert_with(|| (self.checkpoint.read(device), Verifier::new()));
+        if self.left.is_empty()
+            && let Some(bytes) = reader.next().await?
+        {
+            self.left = bytes;
+        }
+        if !self.left.is_empty() {
+            reached(format_args!("chunk"));
+            let piece = self.left.split_to(self.left.len().min(PIECE_BYTES));
+            return Ok(Some(Arrival::Chunk { device, chunk: verifier.accept(piece) }));
+        }
+        let Some((_, verifier)) = self.at_work.take() else { return Ok(None) };
+        let seal = verifier.finish(&sealed)?;
+        self.entry.sealed(device, seal.seal());
+        self.device += 1;
+        let config = match self.about.config.get(device) {
+            Some(Some(config)) => Some(capture_from_wire(&config.to_wire()?.try_into()?)),
+            Some(None) | None => None,
+        };
+        Ok(Some(Arrival::Sealed { device, seal, config }))
+    }
+
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+async fn discard(store: &Store, id: CheckpointId) -> Result<(), BoxError> {
+    match store.delete(id).await {
+        // It may never have been committed. What was uploaded is left to the collector.
+        Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// What a taken-up operation has in place of a stream or a writer: nothing comes and nothing goes. What is left to be said
+/// of a checkpoint in a store is said.
+#[derive(Debug)]
+pub struct LeftBehind {
+    /// The agent.
+    pub core: Arc<Core>,
+    /// The checkpoint that the operation was making, if it made one in a store.
+    pub checkpoint: Option<CheckpointName>,
+}
+
+impl LeftBehind {
+    async fn store(&self) -> Result<Option<(&Store, CheckpointId)>, BoxError> {
+        let Some(name) = &self.checkpoint else { return Ok(None) };
+        let place = self.core.stores.get(Some(&name.store()));
+        let place = place.ok_or_else(|| format!("{} is not configured any more", name.store()))?;
+        Ok(Some((place.open().await?, name.id().parse()?)))
+    }
+}
+
+impl StateSink for LeftBehind {
+    async fn chunk(&mut self, _device: usize, _bytes: Bytes) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    async fn seal(&mut self, _config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    /// Of what went over a stream the mark is in the journal.
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        match self.store().await? {
+            Some((store, id)) => Ok(store.mark_inconsistent(id).await?),
+            None => Ok(()),
+        }
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        match self.store().await? {
+            Some((store, id)) => discard(store, id).await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Owner for LeftBehind {
+    async fn ready(&mut self, _rearm: &[Option<Rearm>]) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
