@@ -208,7 +208,7 @@ fn opened_anew(process: &Process) -> Opened {
 
 #[test]
 fn a_device_survives_its_owner_and_goes_on_in_another_process() {
-    for death in ["idle", "reply-unread"] {
+    for death in ["idle", "reply-unread", "reply-cut"] {
         let process = Process::start();
         let keepsake = killed(&process, death);
         let Opened { mut device, keepsake, .. } = address(&process).adopt(keepsake, keeping()).unwrap();
@@ -225,10 +225,10 @@ fn a_device_survives_its_owner_and_goes_on_in_another_process() {
     }
 }
 
-/// Where a message was cut nobody can tell what the device did. The error says so, and the device is let go.
+/// Where a request was cut nobody can tell what the device did. The error says so, and the device is let go.
 #[test]
-fn a_message_cut_half_way_is_the_end_of_the_state() {
-    for death in ["reply-cut", "request-cut", "request-cut-by-a-question", "request-cut-late"] {
+fn a_request_cut_half_way_is_the_end_of_the_state() {
+    for death in ["request-cut", "request-cut-by-a-question", "request-cut-late"] {
         let process = Process::start();
         let keepsake = killed(&process, death);
         let failure = address(&process).adopt(keepsake, keeping()).unwrap_err();
@@ -359,13 +359,15 @@ fn what_is_left_over_is_skipped_within_bounds() {
 }
 
 #[test]
-fn garbage_is_the_end() {
+fn the_rest_of_a_message_is_skipped_where_an_answer_follows_and_is_the_end_where_none_does() {
     for garbage in [vec![0; 64], vec![0xff; 64], b"the rest of a blob, which is no message".to_vec()] {
-        assert!(matches!(
-            lost_by(adopt_from(vec![garbage], Vec::new(), Answer::Yes)),
-            DeviceError::Peer { .. }
-        ));
+        adopt_from(vec![garbage.clone()], Vec::new(), Answer::Yes).unwrap();
+        lost_by(adopt_from(vec![garbage], Vec::new(), Answer::None));
     }
+    // More of it than messages can have been left over.
+    let flood = vec![vec![0xff; 1 << 20]; 9];
+    let error = lost_by(adopt_from(flood, Vec::new(), Answer::Yes));
+    assert!(matches!(error, DeviceError::Peer { .. }), "{error:?}");
 }
 
 #[test]

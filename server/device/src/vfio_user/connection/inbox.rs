@@ -58,6 +58,12 @@ impl Inbox {
         self.header_filled > 0
     }
 
+    /// Forgets what was begun: the next bytes are the beginning of a header.
+    pub(super) fn restart(&mut self) {
+        (self.header_filled, self.body_filled, self.body) = (0, 0, None);
+        self.fds.clear();
+    }
+
     /// Where the next bytes go. Never empty.
     pub(super) fn room(&mut self) -> &mut [u8] {
         match &mut self.body {

@@ -26,6 +26,7 @@ mod dma_target;
 mod error;
 mod ids;
 mod inbox;
+mod seek;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -43,9 +44,11 @@ pub use ids::Generation;
 
 use self::ids::{Ids, LeftOver};
 use self::inbox::{Inbox, Incoming};
+use self::seek::Seeker;
 use self::socket::{MAX_FDS, Received};
 use super::codec::{
-    Capabilities, Code, Command, DecodeError, Kind, Limits, Negotiated, Reply, TooLong, Version, encode_error,
+    Capabilities, Code, Command, DecodeError, Header, Kind, Limits, Negotiated, Reply, TooLong, Version,
+    encode_error,
 };
 
 /// Answers to the server's own requests that may wait to be written. A server that asks on without reading its
@@ -121,6 +124,8 @@ pub struct Connection {
     ids: Ids,
     /// What answers earlier owners may still come: until the first answer to this one.
     left_over: Option<LeftOver>,
+    /// Looks for that answer where an earlier owner may have left off in the middle of a message.
+    seeker: Option<Seeker>,
     /// What was asked and not answered yet.
     asked: BTreeMap<u16, Code>,
     /// What was answered and not waited for yet.
@@ -173,6 +178,7 @@ impl Connection {
         Self {
             ids: Ids::of(generation),
             left_over: Some(LeftOver::within(negotiated.limits)),
+            seeker: Some(Seeker::within(negotiated.limits)),
             ..Self::new(stream, negotiated, max_fds, timing, dma)
         }
     }
@@ -196,6 +202,7 @@ impl Connection {
             unwritable: None,
             ids: Ids::of(Generation::default()),
             left_over: None,
+            seeker: None,
             asked: BTreeMap::new(),
             answers: BTreeMap::new(),
             broken: false,
@@ -376,13 +383,48 @@ impl Connection {
             }
             Received::TooManyFds => return Err(PeerError::TooManyFds { limit: MAX_FDS }.into()),
         };
-        let message = self.inbox.advance(bytes, fds)?;
+        if self.seek(bytes)? {
+            return Ok(());
+        }
+        let message = match self.inbox.advance(bytes, fds) {
+            // In the middle of a message, which reads like anything.
+            Err(PeerError::Message(error)) if self.seeker.is_some() => {
+                tracing::debug!(%error, "an earlier owner of the connection left off in the middle of a message");
+                self.inbox.restart();
+                None
+            }
+            message => message?,
+        };
         if !self.inbox.is_within_message() {
             self.arriving_since = None;
         } else if self.arriving_since.is_none() {
             self.arriving_since = Some(Instant::now());
         }
         message.map_or(Ok(()), |message| self.take(message))
+    }
+
+    /// Looks for the first answer to this owner in what came. Where it is found, whatever was being put together was not
+    /// what it looked like.
+    fn seek(&mut self, bytes: usize) -> Result<bool, ConnectionError> {
+        let Some(seeker) = &mut self.seeker else { return Ok(false) };
+        let came = &self.inbox.room()[..bytes];
+        let asked = &self.asked;
+        let is_answer = |header: &Header| asked.get(&header.id) == Some(&header.code);
+        let Some((answer, rest)) = seeker.look(came, is_answer)? else { return Ok(false) };
+        self.inbox.restart();
+        self.arriving_since = None;
+        self.take(answer)?;
+        let mut rest = rest.as_slice();
+        while !rest.is_empty() {
+            let room = self.inbox.room();
+            let (now, later) = rest.split_at(rest.len().min(room.len()));
+            room[..now.len()].copy_from_slice(now);
+            rest = later;
+            if let Some(message) = self.inbox.advance(now.len(), Vec::new())? {
+                self.take(message)?;
+            }
+        }
+        Ok(true)
     }
 
     /// A whole message came.
@@ -408,6 +450,7 @@ impl Connection {
                 }
                 Some(_) => {
                     self.left_over = None;
+                    self.seeker = None;
                     self.answers.insert(id, message);
                     Ok(())
                 }

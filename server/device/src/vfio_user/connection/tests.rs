@@ -436,3 +436,38 @@ fn a_server_that_says_nothing_of_itself_has_the_defaults() {
     assert_eq!((agreed.peer_max_msg_fds, agreed.limits.max_data_xfer_bytes()), (1, 1 << 20));
     peer.join().unwrap();
 }
+
+/// An owner that is killed has read any number of bytes of a reply. The next one is in step all the same.
+#[test]
+fn an_owner_that_read_half_of_a_reply_takes_nothing_from_the_next() {
+    let data: Vec<u8> = (0..96_u8).map(|byte| byte.wrapping_mul(37)).collect();
+    let left = reply(&Reply::DmaRead { iova: 0x1000, data: &data }, 7);
+    for read in 0..left.len() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let left = left.clone();
+        let peer = std::thread::spawn(move || {
+            let mut peer = Peer { stream: theirs };
+            // What the killed owner has not read, and what the server says next: another request of its own.
+            peer.write(&left[read..]);
+            let (header, _) = peer.read();
+            let mut said = reply(&Reply::Done(Code::Reset), header.id);
+            said.extend(
+                Command::DmaRead { iova: 0x1000, count: 4 }.encode(9, false, Limits::default()).unwrap(),
+            );
+            peer.write(&said);
+            // Beside the next request: both ends are in step.
+            while peer.read().0.kind != Kind::Reply {}
+        });
+        let negotiated =
+            Negotiated { minor: 1, limits: Limits::default(), peer_max_msg_fds: 0, migration_pgsize: None };
+        let generation = Generation::default().after(1);
+        let mut connection =
+            Connection::adopt(ours, negotiated, generation, 0, PATIENT, Box::<Memory>::default());
+        let answer = connection.call(&Command::Reset, &[]);
+        assert!(answer.is_ok(), "{read} bytes were read: {answer:?}");
+        // In step: what came with the answer is served.
+        let ticket = connection.send(&Command::Reset, &[]).unwrap();
+        let _ = connection.wait(ticket);
+        peer.join().unwrap();
+    }
+}
