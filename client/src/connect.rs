@@ -441,3 +441,19 @@ pub enum ConnectError {
         source: Arc<tonic::transport::Error>,
     },
 }
+
+impl ConnectError {
+    /// Whether it is about who the caller is: another certificate is needed, and trying again is of no use.
+    pub fn is_about_the_caller(&self) -> bool {
+        match self {
+            Self::Handshake { explanation, .. } => explanation.is_identity,
+            Self::BadEndpoint { .. }
+            | Self::UnknownHost { .. }
+            | Self::Refused { .. }
+            | Self::Unreachable { .. }
+            | Self::Closed { .. }
+            | Self::Http2 { .. }
+            | Self::Timeout { .. } => false,
+        }
+    }
+}

@@ -264,7 +264,9 @@ impl Client {
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let deadline = Instant::now() + limit;
-        let attempts = retry::retry(&self.options.retry, deadline, is_repeatable, || {
+        let is_refused =
+            || matches!(&*self.standing.borrow(), Standing::Failed(error) if error.is_about_the_caller());
+        let attempts = retry::retry(&self.options.retry, deadline, is_repeatable, is_refused, || {
             let mut request = self.request(message.clone());
             if has_wire_deadline {
                 // The agent is told what is left, not what there was. A stream lives on, so it is told nothing.

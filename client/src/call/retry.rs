@@ -49,11 +49,13 @@ impl RetryPolicy {
     }
 }
 
-/// Calls `once` until it works, fails for good, or time is up.
+/// Calls `once` until it works, fails for good, or time is up. `is_refused` tells whether the last connection was refused for
+/// what the caller is, which no repetition changes.
 pub(super) async fn retry<T, F>(
     policy: &RetryPolicy,
     deadline: Instant,
     is_repeatable: bool,
+    is_refused: impl Fn() -> bool,
     mut once: impl FnMut() -> F,
 ) -> Result<T, Status>
 where
@@ -67,6 +69,9 @@ where
         };
         failed += 1;
         if !is_repeatable || failed >= policy.attempts || !is_unavailable(&status) {
+            return Err(status);
+        }
+        if is_local(&status) && is_refused() {
             return Err(status);
         }
         let asked = status.get_details_retry_info().and_then(|info| info.retry_delay);

@@ -73,6 +73,8 @@ impl Failure {
         let exit = match &error {
             CallError::NotConnected { .. } | CallError::Deadline { .. } => Exit::Unreachable,
             CallError::BadAnswer { .. } => Exit::Failed,
+            // Also where what is in the way may pass: the agent was reached, and said no.
+            CallError::Refused(refusal) if refusal.reason.as_deref() == Some(BLOCKED) => Exit::Refused,
             CallError::Refused(refusal) => exit_of(refusal.code),
         };
         Self::new(exit, error)
@@ -90,6 +92,9 @@ impl Failure {
         }
     }
 }
+
+/// The reason of a call that something is in the way of.
+const BLOCKED: &str = "BLOCKED";
 
 fn exit_of(code: Code) -> Exit {
     match code {

@@ -61,6 +61,11 @@ pub(crate) async fn stay(
     }
 }
 
+/// Whether another certificate is needed, so that asking again is of no use.
+pub(crate) fn is_about_the_caller(error: &CallError) -> bool {
+    matches!(error, CallError::NotConnected { source, .. } if source.is_about_the_caller())
+}
+
 async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> Result<Operation, Failure> {
     let say = |text: &str| match meter {
         Some(meter) => meter.say(text),
@@ -73,7 +78,9 @@ async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> R
         let asked = tokio::time::Instant::now();
         let answer = match client.wait_operation(name.as_str(), look_every).await {
             Ok(answer) => answer,
-            Err(error @ (CallError::NotConnected { .. } | CallError::Deadline { .. })) if away < MAX_AWAY => {
+            Err(error @ (CallError::NotConnected { .. } | CallError::Deadline { .. }))
+                if away < MAX_AWAY && !is_about_the_caller(&error) =>
+            {
                 away += 1;
                 say(&format!("{error}\n{name} goes on without this connection; asking again"));
                 tokio::time::sleep(LOOK_EVERY).await;
