@@ -177,6 +177,7 @@ pub(crate) fn judge(operation: &Operation) -> (Exit, Option<String>) {
 
 #[cfg(test)]
 mod tests {
+    use vfio_checkpoint_client::call::Refusal;
     use vfio_checkpoint_proto::v1::{OperationDevice, OperationFailure};
 
     use super::*;
@@ -243,5 +244,23 @@ mod tests {
         assert_eq!(exit_of(Code::PermissionDenied), Exit::Unreachable);
         assert_eq!(exit_of(Code::Unavailable), Exit::Unreachable);
         assert_eq!(exit_of(Code::Internal), Exit::Failed);
+    }
+
+    #[test]
+    fn what_is_in_the_way_is_a_refusal_also_where_it_may_pass() {
+        let refused = |reason: &str| {
+            Failure::call(CallError::Refused(Box::new(Refusal {
+                rpc: "StartSave",
+                code: Code::Unavailable,
+                message: "nothing was touched: operations/1 has it".to_owned(),
+                reason: Some(reason.to_owned()),
+                blockers: Vec::new(),
+                fields: Vec::new(),
+                retry_after: None,
+                has_bad_details: false,
+            })))
+        };
+        assert_eq!(refused(BLOCKED).exit, Exit::Refused);
+        assert_eq!(refused("SHUTTING_DOWN").exit, Exit::Unreachable);
     }
 }
