@@ -21,7 +21,7 @@ fn said(output: &Output) -> String {
 
 #[test]
 fn the_demo_proves_what_it_shows() {
-    let output = run(&["demo", "--json", "--memory", "4MiB", "--dirty", "1MiB"]);
+    let output = run(&["demo", "--json", "--memory", "8MiB", "--dirty", "64KiB"]);
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     let report: serde_json::Value =
         serde_json::from_slice(&output.stdout).expect("one document, and nothing else");
