@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   1 finish what dead collectors began
-//!   2 revoke writers that have not been heard of; clear away what was deleted long ago
+//!   2 revoke writers that have not been heard of, with what leads to them; clear away what was deleted long ago
 //!   3 list chunks, without those that checkpoints name, and writers upload or build on      -> candidates
 //!   4 put condemned/{id}                                                                  -> nobody builds on them from now on
 //!   5 wait; read intents, then manifests, again; spare what they need; delete the rest; remove condemned/{id}
@@ -26,7 +26,7 @@ use std::time::{Duration, SystemTime};
 use futures_util::{TryStreamExt as _, stream};
 use object_store::path::Path;
 
-use crate::bucket::{Bucket, Created};
+use crate::bucket::{Bucket, Created, Found};
 use crate::intent::{self, Writing};
 use crate::key::{self, ChunkKey, Part};
 use crate::list::{Parts, parts};
@@ -191,7 +191,29 @@ impl Store {
             }
             self.bucket.delete(&key::intent(id)).await?;
         }
+        // Now, and not only when its last traces go: the newest of them are what the next saves would build on.
+        self.clear_pointers(&revoked).await?;
         Ok(revoked)
+    }
+
+    /// Clears away what leads from devices to checkpoints that never came to be, or of which nothing says whose states they
+    /// had.
+    async fn clear_pointers(&self, of: &BTreeSet<CheckpointId>) -> Result<(), StoreError> {
+        if of.is_empty() {
+            return Ok(());
+        }
+        let mut pointers = Vec::new();
+        let see = |found: Found| {
+            if key::id_of(&found.path).is_some_and(|id| of.contains(&id)) {
+                pointers.push(found.path);
+            }
+            true
+        };
+        self.bucket.each(&key::DEVICES.into(), see).await?;
+        for at in pointers {
+            self.bucket.delete(&at).await?;
+        }
+        Ok(())
     }
 
     /// Clears away checkpoints that were marked deleted long ago, and that no writer builds on. The mark is the last to go,
@@ -210,18 +232,13 @@ impl Store {
         // After the marks were seen: a writer that does not see them is seen here.
         let writing: BTreeMap<CheckpointId, Writing> =
             if deleted.is_empty() { BTreeMap::new() } else { intent::all(&self.bucket).await? };
-        for id in deleted {
-            let is_built_on = writing
-                .values()
-                .any(|writing| writing.intent.as_ref().map_or(true, |intent| intent.bases.contains(&id)));
-            if is_built_on || writing.contains_key(&id) {
-                continue;
-            }
-            if let Ok(Some(manifest)) = self.bucket.read_manifest(id).await {
-                for state in &manifest.states {
-                    self.bucket.delete(&key::device_has(&state.logical_device, id)).await?;
-                }
-            }
+        let is_needed = |id: &CheckpointId| {
+            let builds = |writing: &Writing| writing.intent.as_ref().map_or(true, |it| it.bases.contains(id));
+            writing.contains_key(id) || writing.values().any(builds)
+        };
+        let going: BTreeSet<CheckpointId> = deleted.into_iter().filter(|id| !is_needed(id)).collect();
+        self.clear_pointers(&going).await?;
+        for id in going {
             for part in [Part::Manifest, Part::Table, Part::Inconsistent, Part::Deleted] {
                 self.bucket.delete(&key::part(id, part)).await?;
             }

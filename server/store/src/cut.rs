@@ -1,8 +1,9 @@
-//! Device state cut into chunks where its content says so, so that bytes put in near the start move no later cut.
+//! Device state cut into chunks where its content says so, so that bytes put in near the start move few later cuts.
 //!
 //! The average length grows with the offset, as a fixed part of it: about 512 chunks for each doubling of the state, from
-//! 16 KiB up to 1 MiB. So a small change costs a small part of the state, whatever its size, the table stays short, and
-//! nobody has to know beforehand how much state there will be.
+//! 16 KiB up to 1 MiB. So the table stays short, there are few objects, and nobody has to know beforehand how much state
+//! there will be. A change in one place costs a small part of the state. Pages that are scattered over all of it cost
+//! their chunks: 1% of the pages of 64 MiB is a fifth of its chunks.
 
 use bytes::{Bytes, BytesMut};
 use fastcdc::v2020::{Normalization, cut, select_masks};

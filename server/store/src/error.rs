@@ -60,6 +60,15 @@ pub enum StoreError {
         /// What was found.
         problem: String,
     },
+    /// There was a store, and now there is none.
+    #[error(
+        "{name} was a store and has no marker of one now: mount its disk; where it is gone for good, give the store \
+         another name in the configuration"
+    )]
+    Missing {
+        /// Where.
+        name: String,
+    },
     /// Something in a local store is a link, or no regular file.
     #[error("{} is a symbolic link or no regular file, which a store never has; look who put it there", path.display())]
     NotRegular {
@@ -124,6 +133,7 @@ impl StoreError {
             | Self::NotFound { .. }
             | Self::Damaged { .. }
             | Self::Foreign { .. }
+            | Self::Missing { .. }
             | Self::NotRegular { .. }
             | Self::Revoked { .. }
             | Self::TooLarge { .. }

@@ -76,7 +76,7 @@ pub use manifest::{Added, Manifest, State};
 pub use read::{Checkpoint, Reader, Verified};
 pub use space::Space;
 pub use table::Entry;
-pub use write::{Begin, Writer};
+pub use write::{Begin, WriteStep, Writer};
 
 use bucket::Bucket;
 
@@ -111,12 +111,16 @@ impl Default for Limits {
     }
 }
 
-/// Where a store takes the time and its random numbers from.
+/// Where a store takes the time and its random numbers from, and whom it tells how far a save is.
 pub trait Ambient: fmt::Debug + Send + Sync {
     /// What time it is.
     fn now(&self) -> SystemTime;
     /// 64 random bits.
     fn random(&self) -> u64;
+    /// A save has come to a step. Nothing has to come of it; tests stop there.
+    fn passes(&self, step: WriteStep) {
+        let _ = step;
+    }
 }
 
 /// A store of checkpoints. Cheap to clone.
@@ -134,8 +138,32 @@ impl Store {
         limits: Limits,
         ambient: Arc<dyn Ambient>,
     ) -> Result<Self, StoreError> {
-        let bucket = location.bucket().await?;
+        let bucket = location.bucket(true).await?;
         Self::over(bucket, limits, ambient).await
+    }
+
+    /// Opens a store that is known to have been there. Where it is missing, because its disk is not mounted for one, it is
+    /// not made anew: an empty one would say of every checkpoint that it is gone.
+    pub async fn open_again(
+        location: &Location,
+        limits: Limits,
+        ambient: Arc<dyn Ambient>,
+    ) -> Result<Self, StoreError> {
+        let bucket = location.bucket(false).await?;
+        let store = Self { bucket, limits: Arc::new(limits), ambient };
+        store.is_there().await?;
+        // Its marker is there, and may be of another format.
+        store.bucket.claim().await?;
+        Ok(store)
+    }
+
+    /// Whether the store is where it was when it was opened: a disk may have gone from under it since.
+    pub async fn is_there(&self) -> Result<(), StoreError> {
+        if self.bucket.has(&key::MARKER.into()).await? {
+            Ok(())
+        } else {
+            Err(StoreError::Missing { name: self.bucket.name().to_owned() })
+        }
     }
 
     async fn over(bucket: Bucket, limits: Limits, ambient: Arc<dyn Ambient>) -> Result<Self, StoreError> {

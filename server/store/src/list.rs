@@ -61,26 +61,31 @@ pub(crate) async fn parts(bucket: &Bucket) -> Result<BTreeMap<CheckpointId, Part
     Ok(all)
 }
 
+/// How long the manifests of a page are together, but for the last. In memory one may be twenty times as long.
+const MOST_PAGE_BYTES: usize = 512 << 10;
+
 impl Store {
-    /// Up to `count` checkpoints before `before`, the newest first. One listing of the names, and a read of each manifest
-    /// that is shown.
+    /// Up to `count` checkpoints before `before`, the newest first; fewer where their manifests are long. One listing of
+    /// the names, and a read of each manifest that is shown.
     pub async fn list(&self, before: Option<CheckpointId>, count: usize) -> Result<Page, StoreError> {
         let all = parts(&self.bucket).await?;
         let older =
             all.iter().rev().filter(|(id, parts)| parts.is_listed() && before.is_none_or(|b| **id < b));
         let mut page = Page { checkpoints: Vec::new(), next: None };
+        let mut read_bytes = 0;
         for (id, parts) in older {
-            if page.checkpoints.len() == count.max(1) {
+            if page.checkpoints.len() == count.max(1) || read_bytes >= MOST_PAGE_BYTES {
                 page.next = page.checkpoints.last().map(|listed| listed.id);
                 break;
             }
-            let manifest = match self.bucket.read_manifest(*id).await {
-                Ok(Some(manifest)) => Ok(manifest),
+            let (manifest, bytes) = match self.bucket.read_manifest_sized(*id).await {
+                Ok(Some((manifest, bytes))) => (Ok(manifest), bytes),
                 // Deleted meanwhile, or revoked.
                 Ok(None) => continue,
-                Err(error @ StoreError::Damaged { .. }) => Err(error.to_string()),
+                Err(error @ StoreError::Damaged { .. }) => (Err(error.to_string()), 0),
                 Err(error) => return Err(error),
             };
+            read_bytes += bytes;
             page.checkpoints.push(Listed { id: *id, manifest, is_inconsistent: parts.inconsistent });
         }
         Ok(page)

@@ -42,19 +42,21 @@ pub(crate) struct LocalFolder {
 }
 
 impl LocalFolder {
-    /// Opens a folder, and makes it where it is missing.
-    pub(crate) async fn open(path: PathBuf) -> std::result::Result<Self, StoreError> {
-        off_runtime(move || Self::open_now(path)).await?
+    /// Opens a folder, and makes it where it is missing and may be made.
+    pub(crate) async fn open(path: PathBuf, may_make: bool) -> std::result::Result<Self, StoreError> {
+        off_runtime(move || Self::open_now(path, may_make)).await?
     }
 
-    fn open_now(path: PathBuf) -> std::result::Result<Self, StoreError> {
+    fn open_now(path: PathBuf, may_make: bool) -> std::result::Result<Self, StoreError> {
         use std::os::unix::fs::DirBuilderExt as _;
         let failed = |what, source| StoreError::Folder { what, path: path.clone(), source };
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&path)
-            .map_err(|source| failed("make the folder", source))?;
+        if may_make {
+            std::fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&path)
+                .map_err(|source| failed("make the folder", source))?;
+        }
         let path = std::fs::canonicalize(&path).map_err(|source| failed("find the folder", source))?;
         let failed = |what, source| StoreError::Folder { what, path: path.clone(), source };
         let root =

@@ -94,9 +94,9 @@ impl FromStr for Location {
 }
 
 impl Location {
-    pub(crate) async fn bucket(&self) -> Result<Bucket, StoreError> {
+    pub(crate) async fn bucket(&self, may_make: bool) -> Result<Bucket, StoreError> {
         match self {
-            Self::Folder(path) => Ok(Bucket::local(LocalFolder::open(path.clone()).await?)),
+            Self::Folder(path) => Ok(Bucket::local(LocalFolder::open(path.clone(), may_make).await?)),
             Self::S3 { bucket, prefix, options } => {
                 let unusable = |problem: String| StoreError::Location { location: self.to_string(), problem };
                 let builder = options.builder(bucket).map_err(unusable)?;

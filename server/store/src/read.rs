@@ -99,11 +99,19 @@ impl Store {
 impl Bucket {
     /// The manifest of a checkpoint. None where there is none, or where its writer was revoked.
     pub(crate) async fn read_manifest(&self, id: CheckpointId) -> Result<Option<Manifest>, StoreError> {
+        Ok(self.read_manifest_sized(id).await?.map(|(manifest, _)| manifest))
+    }
+
+    /// The same, and how long it is in bytes.
+    pub(crate) async fn read_manifest_sized(
+        &self,
+        id: CheckpointId,
+    ) -> Result<Option<(Manifest, usize)>, StoreError> {
         let Some(bytes) = self.get(&key::part(id, Part::Manifest), manifest::MOST_BYTES).await? else {
             return Ok(None);
         };
         match Document::decode(id, &bytes)? {
-            Document::Checkpoint(manifest) => Ok(Some(*manifest)),
+            Document::Checkpoint(manifest) => Ok(Some((*manifest, bytes.len()))),
             Document::Revoked(_) => Ok(None),
         }
     }

@@ -4,7 +4,7 @@
 //! Where the file system cannot allocate, the free space is looked at instead. A bucket elsewhere has no such notion.
 //!
 //! Deleting takes a little space, too, before it gives any back. So a local store keeps ballast, a file that it drops where
-//! its disk is full.
+//! its disk is full. It is taken in by who keeps the store, and again after each collection.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -31,6 +31,12 @@ impl Store {
             Some(folder) => folder.space(self.limits.keep_free_bytes).await.map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Takes a little space in now, so that a disk that is full later can still be freed. For whoever keeps the store; who
+    /// only looks into it has no need of this.
+    pub async fn keep_ballast(&self) {
+        self.bucket.after_freeing().await;
     }
 
     pub(crate) async fn reserve(&self, id: CheckpointId, bytes: u64) -> Result<Reservation, StoreError> {

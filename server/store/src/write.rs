@@ -29,14 +29,14 @@ use crate::local::off_runtime;
 use crate::manifest::{Added, Document, MOST_STATES, Manifest, State, check_logical_device};
 use crate::space::Reservation;
 use crate::table::{self, Entry, Table};
-use crate::{CheckpointId, Limits, Store, StoreError};
+use crate::{Ambient, CheckpointId, Limits, Store, StoreError};
 
 /// How many checkpoints of one logical device a save builds on.
 const BASES_OF_A_DEVICE: usize = 2;
 /// How many checkpoints a save builds on.
 const MOST_BASES: usize = 8;
 /// How many of their chunks it knows. Each takes about 100 bytes while it runs.
-const MOST_TRUSTED: usize = 128 << 10;
+pub(crate) const MOST_TRUSTED: usize = 128 << 10;
 /// How many uploads these may be of: half of what a table can name, so that a table can always be written.
 const MOST_TRUSTED_UPLOADS: usize = table::MOST_UPLOADS / 2;
 
@@ -51,11 +51,27 @@ pub struct Begin {
     pub reserve_bytes: u64,
 }
 
+/// A step of a save: what a store has of it changes between two of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteStep {
+    /// Space was taken, where it can be.
+    Reserved,
+    /// The intent is there.
+    Intended,
+    /// A new chunk is there.
+    Uploaded,
+    /// Everything but the manifest is there.
+    Prepared,
+    /// The manifest is there, and so is the intent still.
+    Created,
+}
+
 /// One save at work.
 #[derive(Debug)]
 pub struct Writer {
     id: CheckpointId,
     bucket: Bucket,
+    ambient: Arc<dyn Ambient>,
     intent_at_work: AbortHandle,
     reservation: Reservation,
     known: HashMap<[u8; 32], Known>,
@@ -116,18 +132,21 @@ impl Store {
             }
         }
         let reservation = self.reserve(id, reserve_bytes).await?;
+        self.ambient.passes(WriteStep::Reserved);
         let bases = self.bases(&logical_devices).await?;
         let intent = Intent::new(bases.clone(), self.ambient.random()).encode()?;
         let at = key::intent(id);
         if self.bucket.create(&at, intent.clone()).await? == Created::Taken {
             return Err(taken());
         }
+        self.ambient.passes(WriteStep::Intended);
         let is_revoked = Arc::new(AtomicBool::new(false));
         let renewal =
             renew(self.bucket.clone(), Arc::clone(&self.limits), at, intent, Arc::clone(&is_revoked));
         let mut writer = Writer {
             id,
             bucket: self.bucket.clone(),
+            ambient: Arc::clone(&self.ambient),
             intent_at_work: tokio::spawn(renewal).abort_handle(),
             reservation,
             known: HashMap::new(),
@@ -202,6 +221,11 @@ impl Writer {
     /// What was new so far.
     pub fn added(&self) -> Added {
         self.added
+    }
+
+    #[cfg(test)]
+    pub(crate) fn known_chunks(&self) -> usize {
+        self.known.len()
     }
 
     /// Takes note of the chunks of these checkpoints, now that the intent names them: those that no collector has condemned,
@@ -324,7 +348,7 @@ impl Writer {
         let permits = Arc::clone(&self.permits);
         let permit = permits.acquire_owned().await.map_err(|_| StoreError::Died)?;
         self.bucket.check_room(u64::from(piece.plain_bytes), self.keep_free_bytes).await?;
-        let (bucket, upload) = (self.bucket.clone(), self.id);
+        let (bucket, ambient, upload) = (self.bucket.clone(), Arc::clone(&self.ambient), self.id);
         self.uploads.spawn(async move {
             let Piece { blake3, plain_bytes, .. } = piece;
             if let Some(entry) = claimed.filter(|entry| entry.plain_bytes == plain_bytes)
@@ -336,6 +360,7 @@ impl Writer {
             let stored_bytes = u32::try_from(packed.len()).unwrap_or(u32::MAX);
             let key = ChunkKey { blake3, upload };
             bucket.put_chunk(&key.path(), packed).await?;
+            ambient.passes(WriteStep::Uploaded);
             drop(permit);
             Ok((blake3, Known::There(Entry { key, plain_bytes, stored_bytes })))
         });
@@ -398,6 +423,7 @@ impl Writer {
             self.bucket.put(&key::device_has(&device.logical_device, self.id), Bytes::new()).await?;
         }
         self.bucket.put(&key::part(self.id, Part::Table), encoded).await?;
+        self.ambient.passes(WriteStep::Prepared);
         Ok((manifest, document))
     }
 
@@ -418,6 +444,7 @@ impl Writer {
         }
         match self.bucket.create(&at, document.clone()).await {
             Ok(Created::Yes) => {
+                self.ambient.passes(WriteStep::Created);
                 self.intent_at_work.abort();
                 if let Err(error) = self.bucket.delete(&key::intent(id)).await {
                     tracing::info!(checkpoint = %id, %error, "an intent is left to be collected");

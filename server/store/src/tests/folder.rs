@@ -72,7 +72,7 @@ async fn space_is_taken_before_a_save_begins_and_given_back() {
     assert!(matches!(refused, StoreError::NoSpace { .. }), "{refused}");
     assert_eq!(count(&root), 1, "there is the marker and nothing else");
 
-    let reserved = 64 << 20;
+    let reserved = 512 << 20;
     let mut writer = store.begin(begin(reserved)).await.unwrap();
     let with = store.space().await.unwrap().unwrap().free_bytes;
     // Others use the disk, too, but they do not free as much in between.

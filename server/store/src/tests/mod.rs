@@ -5,7 +5,9 @@ mod between;
 mod faults;
 mod folder;
 mod hostile;
+mod memory;
 mod races;
+mod traces;
 mod whole;
 
 use std::sync::{Arc, Mutex};
