@@ -12,8 +12,9 @@ use crate::DataSize;
 
 /// Smallest chunk, 64 KiB: below it the cost of a system call outweighs the copy.
 pub const MIN_CHUNK_BYTES: usize = 64 << 10;
-/// Largest chunk, 4 MiB: above it nothing gets faster, and memory and cancel latency grow.
-pub const MAX_CHUNK_BYTES: usize = 4 << 20;
+/// Largest chunk, 1 MiB: above it nothing gets faster. The buffers of a device that is being read fall out of the caches
+/// then, and memory and cancel latency grow.
+pub const MAX_CHUNK_BYTES: usize = 1 << 20;
 /// Chunk of a device that does not say how much state it has, 1 MiB.
 const UNKNOWN_CHUNK_BYTES: usize = 1 << 20;
 /// A device's state should make about this many chunks, so that progress can be seen.
@@ -132,9 +133,9 @@ mod tests {
             (DataSize::Known(0), 64 * kib),
             (DataSize::Known(60), 64 * kib),
             (DataSize::UpperBound(16 << 20), 256 * kib),
-            (DataSize::Known(100 << 20), 2048 * kib),
-            (DataSize::Known(40 << 30), 4096 * kib),
-            (DataSize::Known(u64::MAX), 4096 * kib),
+            (DataSize::Known(40 << 20), 1024 * kib),
+            (DataSize::Known(40 << 30), 1024 * kib),
+            (DataSize::Known(u64::MAX), 1024 * kib),
             (DataSize::Unknown, 1024 * kib),
         ] {
             assert_eq!(chunk_bytes_for(size), chunk, "{size}");

@@ -8,7 +8,8 @@
 use super::{SimConfig, SimConfigError, Workload};
 
 /// How a simulated device is named, for a help text.
-pub const SPEC_HELP: &str = "sim, or sim:KEY=VALUE,… with seed=NUMBER, memory=SIZE, dirty=SIZE (a second), \
+pub const SPEC_HELP: &str = "sim, or sim:KEY=VALUE,… with seed=NUMBER, memory=SIZE, dirty=SIZE (a second), hot=SIZE (the \
+                             part of the memory that is written to), \
                              firmware=TEXT, and p2p, pre_copy, reset and pci, each yes or no; a SIZE is bytes or has \
                              the suffix KiB, MiB or GiB";
 
@@ -55,12 +56,19 @@ fn apply(config: &mut SimConfig, setting: &str) -> Result<(), String> {
         "seed" => config.seed = value.parse().map_err(|_| "give a whole number")?,
         "memory" => config.memory_bytes = size(value)?,
         "dirty" => config.workload = Workload { dirty_bytes_per_second: size(value)?, ..config.workload },
+        "hot" => {
+            config.workload = Workload { working_set_bytes: Some(size(value)?), ..config.workload };
+        }
         "firmware" => value.clone_into(&mut config.firmware),
         "p2p" => config.migration.p2p = yes(value)?,
         "pre_copy" => config.migration.pre_copy = yes(value)?,
         "reset" => config.reset = yes(value)?,
         "pci" => config.pci = yes(value)?.then(|| config.pci.unwrap_or_default()),
-        _ => return Err("there are seed, memory, dirty, firmware, p2p, pre_copy, reset and pci".to_owned()),
+        _ => {
+            return Err(
+                "there are seed, memory, dirty, hot, firmware, p2p, pre_copy, reset and pci".to_owned()
+            );
+        }
     }
     Ok(())
 }
