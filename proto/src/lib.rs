@@ -22,6 +22,7 @@ pub mod parts;
 mod reason;
 pub mod stream;
 pub mod version;
+pub mod wire;
 
 /// Generated from `vfio/checkpoint/v1`.
 #[allow(

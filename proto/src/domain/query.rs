@@ -248,7 +248,7 @@ pub struct DirtyTrackingSpec {
     pub name: DeviceName,
     /// The page size asked for: a power of two.
     pub page_bytes: u64,
-    /// The ranges, which do not overlap, by their start. Empty lets the device log all that it can.
+    /// The ranges, which do not overlap, by their start. At least one: the kernel refuses to log none.
     pub ranges: Vec<Iova>,
 }
 
@@ -261,6 +261,9 @@ impl TryFrom<v1::StartDirtyTrackingRequest> for DirtyTrackingSpec {
     type Error = Invalid;
 
     fn try_from(wire: v1::StartDirtyTrackingRequest) -> Result<Self, Invalid> {
+        if wire.ranges.is_empty() {
+            return Err(Invalid::new("ranges", "it is empty; say which addresses are to be logged"));
+        }
         if wire.ranges.len() > Self::MAX_RANGES {
             let problem = format!("it has {} entries; give at most {}", wire.ranges.len(), Self::MAX_RANGES);
             return Err(Invalid::new("ranges", problem));

@@ -375,6 +375,7 @@ fn dirty_ranges() {
             ("name", |m| m.name.clear()),
             ("page_bytes", |m| m.page_bytes = 0),
             ("page_bytes", |m| m.page_bytes = 4097),
+            ("ranges", |m| m.ranges.clear()),
             ("ranges", |m| m.ranges = vec![v1::IovaRange { start: 0, length_bytes: 1 }; 1025]),
             ("ranges", |m| m.ranges[1].length_bytes = 0x2001),
             ("ranges[1].length_bytes", |m| m.ranges[1].length_bytes = 0),

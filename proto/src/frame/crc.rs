@@ -1,14 +1,16 @@
 //! CRC32C of a frame, over its content rather than its encoding: a sender in any language makes the same one.
 
+use crc_fast::{CrcAlgorithm, Digest};
+
 use crate::v1;
 use crate::v1::frame::Body;
 
 /// Sums up integers and byte strings.
-struct Sum(u32);
+struct Sum(Digest);
 
 impl Sum {
     fn raw(&mut self, bytes: &[u8]) {
-        self.0 = crc32c::crc32c_append(self.0, bytes);
+        self.0.update(bytes);
     }
 
     fn integer(&mut self, value: u64) {
@@ -38,7 +40,7 @@ pub fn crc32c(frame: &v1::Frame) -> Option<u32> {
     head[8..16].copy_from_slice(&frame.sequence.to_le_bytes());
     head[16..20].copy_from_slice(&frame.device.to_le_bytes());
     head[20..].copy_from_slice(&number.to_le_bytes());
-    let mut sum = Sum(0);
+    let mut sum = Sum(Digest::new(CrcAlgorithm::Crc32Iscsi));
     sum.raw(&head);
     match body {
         Body::Chunk(chunk) => {
@@ -61,7 +63,7 @@ pub fn crc32c(frame: &v1::Frame) -> Option<u32> {
             }
         }
     }
-    Some(sum.0)
+    u32::try_from(sum.0.finalize()).ok()
 }
 
 /// Whether `frame` has a body and carries the CRC that belongs to it.

@@ -31,6 +31,12 @@ fn capture() -> ConfigSpaceCapture {
     ConfigSpaceCapture { command: 0x0406, interrupts }
 }
 
+/// CRC32C bit by bit, from its definition.
+fn sum(bytes: &[u8]) -> u32 {
+    let bit = |sum: u32| (sum >> 1) ^ (0x82f6_3b78 & (sum & 1).wrapping_neg());
+    !bytes.iter().fold(u32::MAX, |sum, byte| (0..8).fold(sum ^ u32::from(*byte), |sum, _| bit(sum)))
+}
+
 /// A frame that was made by somebody who counts CRCs but keeps no other rule.
 fn forged(sequence: u64, device: u32, body: Body) -> v1::Frame {
     let mut frame = v1::Frame { stream_id: STREAM.0, sequence, device, crc32c: 0, body: Some(body) };
@@ -140,24 +146,24 @@ fn the_crc_is_the_documented_one() {
         sealed.extend(number.to_le_bytes());
     }
     let with = v1::StreamSeal { config: Some(capture().into()), ..seal.clone() };
-    assert_eq!(forged(5, 1, Body::Seal(with)).crc32c, crc32c::crc32c(&sealed));
-    assert_eq!(forged(5, 1, Body::Seal(seal)).crc32c, crc32c::crc32c(&bare));
+    assert_eq!(forged(5, 1, Body::Seal(with)).crc32c, sum(&sealed));
+    assert_eq!(forged(5, 1, Body::Seal(seal)).crc32c, sum(&bare));
 
     let mut chunked = content.clone();
     chunked.extend(5u32.to_le_bytes());
     chunked.extend(9u64.to_le_bytes());
     chunked.extend(3u64.to_le_bytes());
     chunked.extend(b"xyz");
-    assert_eq!(forged(5, 1, chunk(9, b"xyz")).crc32c, crc32c::crc32c(&chunked));
+    assert_eq!(forged(5, 1, chunk(9, b"xyz")).crc32c, sum(&chunked));
 
     let mut told = content;
     told.extend(6u32.to_le_bytes());
     for number in [2u64, 7, 3000] {
         told.extend(number.to_le_bytes());
     }
-    assert_eq!(forged(5, 1, Body::Progress(progress().into())).crc32c, crc32c::crc32c(&told));
+    assert_eq!(forged(5, 1, Body::Progress(progress().into())).crc32c, sum(&told));
     // The check value of CRC32C itself.
-    assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283);
+    assert_eq!(sum(b"123456789"), 0xe306_9283);
 }
 
 #[test]
