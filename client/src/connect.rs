@@ -31,6 +31,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::socket::{Socket, socket, write_in_large_steps};
 use crate::tls::{self, Explanation, ServerCheck};
 
 /// A stream of state has one window of its own; this holds several chunks, so that a long way does not starve it.
@@ -208,7 +209,7 @@ impl Target {
     }
 }
 
-type TlsStream = tokio_rustls::client::TlsStream<TcpStream>;
+type TlsStream = tokio_rustls::client::TlsStream<Socket>;
 
 async fn open(target: &Target, tls: Arc<ClientConfig>, limit: Duration) -> Result<TlsStream, ConnectError> {
     let deadline = Instant::now() + limit;
@@ -223,8 +224,8 @@ async fn open(target: &Target, tls: Arc<ClientConfig>, limit: Duration) -> Resul
         match timeout_at(deadline, TcpStream::connect(address)).await {
             Ok(Ok(tcp)) => {
                 let unset = |source| ConnectError::Unreachable { address, source: Arc::new(source) };
-                tcp.set_nodelay(true).map_err(unset)?;
-                return handshake(target, tls, tcp, deadline, limit).await;
+                let socket = socket(tcp).map_err(unset)?;
+                return handshake(target, tls, socket, deadline, limit).await;
             }
             Ok(Err(source)) if source.kind() == io::ErrorKind::ConnectionRefused => {
                 last = ConnectError::Refused { address };
@@ -239,13 +240,16 @@ async fn open(target: &Target, tls: Arc<ClientConfig>, limit: Duration) -> Resul
 async fn handshake(
     target: &Target,
     tls: Arc<ClientConfig>,
-    tcp: TcpStream,
+    socket: Socket,
     deadline: Instant,
     limit: Duration,
 ) -> Result<TlsStream, ConnectError> {
     let connector = TlsConnector::from(tls);
-    match timeout_at(deadline, connector.connect(target.server_name.clone(), tcp)).await {
-        Ok(Ok(stream)) => Ok(stream),
+    match timeout_at(deadline, connector.connect(target.server_name.clone(), socket)).await {
+        Ok(Ok(mut stream)) => {
+            write_in_large_steps(stream.get_mut().1);
+            Ok(stream)
+        }
         Ok(Err(source)) => Err(target.failed(&source)),
         Err(_) => Err(target.timed_out("shaking hands over TLS", limit)),
     }

@@ -11,5 +11,6 @@ pub mod call;
 pub mod connect;
 pub mod document;
 pub mod folder;
+pub mod socket;
 pub mod tls;
 pub mod transfer;

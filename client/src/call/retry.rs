@@ -7,7 +7,8 @@
 //!
 //! Invariants: a call that changes something is repeated only if it carries a `request_id`. A pause never ends after
 //! the deadline. Full jitter: a pause is anything from nothing to its ceiling, so that callers that failed together do
-//! not come back together.
+//! not come back together. A program that waits for nobody can have what is in the way told at once, also where it may
+//! pass: see [`RetryPolicy::repeat_blocked`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -27,11 +28,19 @@ pub struct RetryPolicy {
     pub longest_pause: Duration,
     /// Calls in all.
     pub attempts: u32,
+    /// Whether a call is made again where the agent has said what is in the way, and that it may pass: another operation
+    /// that has the device, mostly, and that may take minutes.
+    pub repeat_blocked: bool,
 }
 
 impl Default for RetryPolicy {
     fn default() -> Self {
-        Self { first_pause: Duration::from_millis(100), longest_pause: Duration::from_secs(5), attempts: 8 }
+        Self {
+            first_pause: Duration::from_millis(100),
+            longest_pause: Duration::from_secs(5),
+            attempts: 8,
+            repeat_blocked: true,
+        }
     }
 }
 
@@ -71,7 +80,7 @@ where
         if !is_repeatable || failed >= policy.attempts || !is_unavailable(&status) {
             return Err(status);
         }
-        if is_local(&status) && is_refused() {
+        if is_local(&status) && is_refused() || !policy.repeat_blocked && is_blocked(&status) {
             return Err(status);
         }
         let asked = status.get_details_retry_info().and_then(|info| info.retry_delay);
@@ -91,6 +100,11 @@ where
 /// Whether the agent said UNAVAILABLE, or could not be reached.
 pub(super) fn is_unavailable(status: &Status) -> bool {
     status.code() == Code::Unavailable || is_local(status)
+}
+
+/// Whether the agent said what is in the way.
+fn is_blocked(status: &Status) -> bool {
+    status.get_details_precondition_failure().is_some_and(|failure| !failure.violations.is_empty())
 }
 
 /// Whether a status was made on this side, out of a broken connection. What the agent says has no source.

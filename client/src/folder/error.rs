@@ -37,6 +37,16 @@ pub enum FolderError {
         /// Whether all that it holds is a checkpoint.
         replaceable: bool,
     },
+    /// A file system that has too little room.
+    #[error("{} has room for {free_bytes} bytes, and the state has {needed_bytes}; free some space or give a folder on another file system", path.display())]
+    NoRoom {
+        /// The folder.
+        path: PathBuf,
+        /// What is to be written.
+        needed_bytes: u64,
+        /// What is free.
+        free_bytes: u64,
+    },
     /// A folder without a manifest.
     #[error("{} holds no checkpoint: there is no {MANIFEST_FILE}; a save that was cut off leaves none, so save again", path.display())]
     NoCheckpoint {

@@ -19,6 +19,7 @@
 
 mod error;
 mod manifest;
+mod probe;
 mod reader;
 mod writer;
 
@@ -29,17 +30,20 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{Mode, OFlags, open, openat};
 
 pub use error::FolderError;
 pub use manifest::{FolderManifest, SavedDevice};
+pub use probe::{check_free, check_room};
 pub use reader::{ChunkReader, FolderReader};
-pub use writer::{Existing, FolderWriter, check_free, set_consistency};
+pub use writer::{Existing, FolderWriter, set_consistency};
 
 /// The name of the manifest.
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// What the manifest is called until it is whole.
 const MANIFEST_TEMPORARY: &str = "manifest.json.new";
+/// What is made and removed to see whether a folder can be written into.
+const PROBE_FILE: &str = "probe.new";
 /// The longest manifest that is read or written.
 pub const MAX_MANIFEST_BYTES: u64 = 1024 * 1024;
 /// The most devices of a checkpoint, as in the contract.
@@ -56,6 +60,7 @@ fn state_file(device: usize) -> String {
 fn is_ours(name: &str) -> bool {
     name == MANIFEST_FILE
         || name == MANIFEST_TEMPORARY
+        || name == PROBE_FILE
         || (0..MAX_DEVICES).any(|device| name == state_file(device))
 }
 
@@ -68,11 +73,12 @@ struct Folder {
 
 impl Folder {
     fn open(path: &Path) -> Result<Self, FolderError> {
-        let file = File::open(path).map_err(|source| FolderError::io("open", path, source))?;
-        if !file.metadata().map_err(|source| FolderError::io("look at", path, source))?.is_dir() {
-            return Err(FolderError::NotAFolder { path: path.to_owned() });
+        // A pipe that nobody writes to would be waited for, if it were opened as a file.
+        match open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(fd) => Ok(Self { path: path.to_owned(), file: File::from(fd) }),
+            Err(rustix::io::Errno::NOTDIR) => Err(FolderError::NotAFolder { path: path.to_owned() }),
+            Err(errno) => Err(FolderError::io("open", path, errno.into())),
         }
-        Ok(Self { path: path.to_owned(), file })
     }
 
     fn path_of(&self, name: &str) -> PathBuf {

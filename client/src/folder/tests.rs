@@ -323,3 +323,53 @@ async fn a_second_writer_is_refused_and_takes_nothing_from_the_first() {
     assert!(path.join("device-0.state").exists());
     drop(first);
 }
+
+#[tokio::test]
+async fn a_probe_finds_what_a_save_would_and_leaves_nothing() {
+    let root = TempDir::new().unwrap();
+    let (new, free, full) = (root.path().join("new"), root.path().join("free"), root.path().join("full"));
+    fs::create_dir(&free).unwrap();
+    saved(&full).await;
+    for path in [&new, &free] {
+        check_free(path, Existing::Refuse).await.unwrap();
+    }
+    // What a probe left that was killed is in nobody's way who may replace what is there.
+    fs::write(full.join(PROBE_FILE), "").unwrap();
+    check_free(&full, Existing::Replace).await.unwrap();
+    assert_eq!(names(root.path()), ["free", "full"]);
+    assert_eq!(names(&free), Vec::<String>::new());
+    assert_eq!(names(&full), ["device-0.state", "device-1.state", "manifest.json"]);
+
+    let found = check_free(&full, Existing::Refuse).await.unwrap_err();
+    assert!(matches!(found, FolderError::NotEmpty { replaceable: true, .. }), "{found}");
+    // Not even a superuser makes a folder there, though no right is missing.
+    for path in ["/proc/here", "/proc/self"] {
+        let found = check_free(Path::new(path), Existing::Refuse).await.unwrap_err();
+        let is_expected = matches!(found, FolderError::Io { .. } | FolderError::NotEmpty { .. });
+        assert!(is_expected, "{path}: {found}");
+    }
+    let _writer = FolderWriter::create(&free, &manifest(1), Existing::Refuse).await.unwrap();
+    let found = check_free(&free, Existing::Replace).await.unwrap_err();
+    assert!(found.to_string().contains("is another save writing there?"), "{found}");
+}
+
+#[tokio::test]
+async fn room_is_what_is_free_and_what_a_replacement_frees() {
+    let root = TempDir::new().unwrap();
+    let (new, full) = (root.path().join("new"), root.path().join("full"));
+    saved(&full).await;
+    fs::write(full.join("device-0.state"), vec![1; 64 << 20]).unwrap();
+    for (path, existing) in [(&new, Existing::Refuse), (&full, Existing::Replace)] {
+        check_room(path, existing, 1).await.unwrap();
+        let found = check_room(path, existing, u64::MAX).await.unwrap_err();
+        assert!(matches!(found, FolderError::NoRoom { needed_bytes: u64::MAX, .. }), "{found}");
+    }
+    let free_bytes = async |path: &Path, existing| match check_room(path, existing, u64::MAX).await {
+        Err(FolderError::NoRoom { free_bytes, .. }) => free_bytes,
+        other => panic!("{other:?}"),
+    };
+    // Others write here as well, so it is not exact to the byte.
+    let (beside, replaced) =
+        (free_bytes(&new, Existing::Refuse).await, free_bytes(&full, Existing::Replace).await);
+    assert!(replaced > beside + (32 << 20), "{replaced} {beside}");
+}

@@ -130,19 +130,6 @@ fn gone() -> FolderError {
     FolderError::Worker(io::Error::other("it was given up"))
 }
 
-/// Says whether a checkpoint could be written there, and changes nothing: before devices are stopped for it.
-pub async fn check_free(path: &Path, existing: Existing) -> Result<(), FolderError> {
-    let path = path.to_owned();
-    off_runtime(move || match Folder::open(&path) {
-        Ok(folder) => look(&folder, existing).map(|_| ()),
-        Err(FolderError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            Folder::open(above(&path)).map(|_| ())
-        }
-        Err(error) => Err(error),
-    })
-    .await
-}
-
 /// Rewrites the manifest of a checkpoint with another consistency, as atomically as it was written.
 pub async fn set_consistency(path: &Path, consistency: Consistency) -> Result<(), FolderError> {
     let path = path.to_owned();
@@ -203,9 +190,7 @@ impl Work {
     ) -> Result<Self, FolderError> {
         let is_new_folder = make_folder(&path)?;
         let folder = Folder::open(&path)?;
-        // For as long as the folder is open: two writers would each remove or publish what is the other's.
-        rustix::fs::flock(&folder.file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| FolderError::io("lock (is another save writing there?)", &path, errno.into()))?;
+        lock(&folder)?;
         if !is_new_folder {
             clear(&folder, existing)?;
         }
@@ -322,8 +307,15 @@ impl Work {
     }
 }
 
+/// For as long as the folder is open: two writers would each remove or publish what is the other's.
+pub(super) fn lock(folder: &Folder) -> Result<(), FolderError> {
+    let action = "lock (is another save writing there?)";
+    rustix::fs::flock(&folder.file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .map_err(|errno| FolderError::io(action, &folder.path, errno.into()))
+}
+
 /// Makes the folder, for its owner only, and says whether it was made.
-fn make_folder(path: &Path) -> Result<bool, FolderError> {
+pub(super) fn make_folder(path: &Path) -> Result<bool, FolderError> {
     use std::os::unix::fs::DirBuilderExt;
     match std::fs::DirBuilder::new().mode(0o700).create(path) {
         Ok(()) => {}
@@ -336,7 +328,7 @@ fn make_folder(path: &Path) -> Result<bool, FolderError> {
 }
 
 /// The folder that a folder is in.
-fn above(path: &Path) -> &Path {
+pub(super) fn above(path: &Path) -> &Path {
     match path.parent() {
         Some(above) if !above.as_os_str().is_empty() => above,
         Some(_) | None => Path::new("."),
@@ -344,7 +336,7 @@ fn above(path: &Path) -> &Path {
 }
 
 /// What of ours a folder holds, if it may be used.
-fn look(folder: &Folder, existing: Existing) -> Result<Vec<String>, FolderError> {
+pub(super) fn look(folder: &Folder, existing: Existing) -> Result<Vec<String>, FolderError> {
     let failed = |source| FolderError::io("list", &folder.path, source);
     let refuse = |found: &String, replaceable| {
         Err(FolderError::NotEmpty { path: folder.path.clone(), found: found.clone(), replaceable })

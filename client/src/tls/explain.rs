@@ -105,6 +105,12 @@ fn explain_certificate(problem: &CertificateError) -> Explanation {
             "the agent's certificate is not signed by a CA of the CA bundle".to_owned(),
             "give the CA that signed the agent's certificate",
         ),
+        // Of the same name with another key: an authority that was made anew, mostly.
+        CertificateError::BadSignature => (
+            "the agent's certificate is signed by another key than that of the CA of this name in the CA bundle"
+                .to_owned(),
+            "give the CA that signed the agent's certificate; one that was made anew has another key",
+        ),
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => (
             "the agent's certificate has expired".to_owned(),
             "renew it, and see that the clock of this machine is right",

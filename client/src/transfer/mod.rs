@@ -24,6 +24,7 @@
 //! read for `idle_timeout` ([`TransferError::Idle`]), it does not complete in time ([`TransferError::NotSealed`]), or `lifetime`
 //! is over ([`TransferError::Lifetime`]).
 
+mod body;
 mod error;
 mod give;
 mod link;
@@ -33,10 +34,11 @@ mod take;
 #[cfg(test)]
 mod tests;
 
+pub use body::{Incoming, Outgoing, Refused};
 pub use error::TransferError;
 pub use give::{CutoverSignal, Giver};
 pub use link::{LINK_FRAMES, Link, LinkError, Terms};
-pub use open::{GiveState, OpenStreamError, TakeState};
+pub use open::{Dialed, GiveState, OpenStreamError, TakeState, dial};
 pub use take::Taker;
 pub use vfio_checkpoint_proto::frame::Accepted;
 pub use vfio_checkpoint_proto::stream::ProtocolError;

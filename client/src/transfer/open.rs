@@ -9,23 +9,26 @@
 
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tower::ServiceExt as _;
+use vfio_checkpoint_proto::MAX_CHUNK_BYTES;
 use vfio_checkpoint_proto::domain::{Invalid, Manifest, StreamLimits, StreamOpen, StreamOpened, StreamRole};
 use vfio_checkpoint_proto::ids::OperationName;
-use vfio_checkpoint_proto::v1::checkpoint_service_client::CheckpointServiceClient;
+use vfio_checkpoint_proto::v1::StreamMessage;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
-use vfio_checkpoint_proto::v1::{StreamMessage, StreamStateRequest, StreamStateResponse};
 use vfio_checkpoint_proto::version::{Version, VersionRange};
-use vfio_checkpoint_proto::{MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MAX_MESSAGE_BYTES};
 
+use super::body::{Incoming, Outgoing};
 use super::give::Giver;
 use super::link::{Link, LinkError, Terms};
 use super::take::Taker;
 use crate::call::{CallError, Client, printable};
 
 const RPC: &str = "StreamState";
+const PATH: &str = "/vfio.checkpoint.v1.CheckpointService/StreamState";
 
 /// The state of a save, about to be taken.
 #[derive(Debug)]
@@ -41,7 +44,7 @@ pub struct TakeState {
 impl TakeState {
     /// Opens the stream of a save.
     pub async fn open(client: &Client, operation: &OperationName) -> Result<Self, OpenStreamError> {
-        let (opened, link) = open(client, operation, StreamRole::Taker).await?;
+        let Dialed { opened, link } = dial(client, operation, StreamRole::Taker).await?;
         let (manifest, limits) = (opened.manifest, opened.limits);
         let terms = Terms { stream: opened.stream_id, devices: manifest.devices.len(), limits };
         Ok(Self { manifest, limits, taker: Taker::new(link, terms) })
@@ -62,18 +65,28 @@ pub struct GiveState {
 impl GiveState {
     /// Opens the stream of a restore.
     pub async fn open(client: &Client, operation: &OperationName) -> Result<Self, OpenStreamError> {
-        let (opened, link) = open(client, operation, StreamRole::Giver).await?;
+        let Dialed { opened, link } = dial(client, operation, StreamRole::Giver).await?;
         let (manifest, limits) = (opened.manifest, opened.limits);
         let terms = Terms { stream: opened.stream_id, devices: manifest.devices.len(), limits };
         Ok(Self { manifest, limits, giver: Giver::new(link, terms) })
     }
 }
 
-async fn open(
+/// An open stream, before anybody is a half of it.
+#[derive(Debug)]
+pub struct Dialed {
+    /// What the agent answered.
+    pub opened: StreamOpened,
+    /// Its two directions.
+    pub link: Link,
+}
+
+/// Opens the stream of an operation, for whoever has a half of its own for it, as an agent has.
+pub async fn dial(
     client: &Client,
     operation: &OperationName,
     role: StreamRole,
-) -> Result<(StreamOpened, Link), OpenStreamError> {
+) -> Result<Dialed, OpenStreamError> {
     let limit = client.options().deadline;
     timeout(limit, exchange(client, operation, role)).await.unwrap_or(Err(OpenStreamError::Timeout(limit)))
 }
@@ -82,7 +95,7 @@ async fn exchange(
     client: &Client,
     operation: &OperationName,
     role: StreamRole,
-) -> Result<(StreamOpened, Link), OpenStreamError> {
+) -> Result<Dialed, OpenStreamError> {
     let versions = VersionRange::OURS;
     let open =
         StreamOpen { operation: operation.clone(), role, versions, max_chunk_bytes: Some(MAX_CHUNK_BYTES) };
@@ -90,16 +103,10 @@ async fn exchange(
     if outgoing.send(StreamMessage { kind: Some(Kind::Open(open.into())) }).await.is_err() {
         return Err(OpenStreamError::Ended);
     }
-    let requests = ReceiverStream::new(queue).map(|message| StreamStateRequest { message: Some(message) });
-    let mut service = CheckpointServiceClient::new(client.channel())
-        // Opened carries a manifest and is longer than a chunk only in theory.
-        .max_decoding_message_size(MAX_MESSAGE_BYTES.max(MAX_MANIFEST_BYTES))
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    let failed = |status: &tonic::Status| OpenStreamError::Call(client.failed(RPC, status));
-    let response = service.stream_state(client.request(requests)).await.map_err(|status| failed(&status))?;
-    let mut responses = response.into_inner();
-    let first = responses.message().await.map_err(|status| failed(&status))?.ok_or(OpenStreamError::Ended)?;
-    let opened = match first.message.and_then(|message| message.kind) {
+    let failed = |status: &Status| OpenStreamError::Call(client.failed(RPC, status));
+    let mut messages = call(client, queue).await.map_err(|status| failed(&status))?;
+    let first = messages.next().await.ok_or(OpenStreamError::Ended)?.map_err(|status| failed(&status))?;
+    let opened = match first.kind {
         Some(Kind::Opened(opened)) => StreamOpened::try_from(opened)?,
         Some(Kind::Abort(abort)) => return Err(OpenStreamError::GivenUp(printable(&abort.reason))),
         Some(Kind::Open(_) | Kind::Frame(_) | Kind::Ack(_) | Kind::Cutover(_)) | None => {
@@ -110,15 +117,31 @@ async fn exchange(
         return Err(OpenStreamError::Version { theirs: opened.version, ours: versions });
     }
     let client = client.clone();
-    let incoming = responses.map(move |response| match response {
-        Ok(StreamStateResponse { message: Some(message) }) => Ok(message),
-        Ok(StreamStateResponse { message: None }) => Err(LinkError::ended("the agent sent an empty message")),
-        Err(status) => {
+    let incoming = messages.map(move |message| {
+        message.map_err(|status| {
             let error = client.failed(RPC, &status);
-            Err(LinkError::failed(error.to_string(), error))
-        }
+            LinkError::failed(error.to_string(), error)
+        })
     });
-    Ok((opened, Link::new(incoming, outgoing)))
+    Ok(Dialed { opened, link: Link::new(incoming, outgoing) })
+}
+
+/// Makes the call, with the messages of `queue` as its request, and returns once the agent has begun to answer.
+async fn call(client: &Client, queue: mpsc::Receiver<StreamMessage>) -> Result<Incoming, Status> {
+    let request = client.request(()).into_parts();
+    let (metadata, extensions, ()) = request;
+    let mut request = http::Request::new(Outgoing::request(queue));
+    *request.method_mut() = http::Method::POST;
+    *request.version_mut() = http::Version::HTTP_2;
+    *request.uri_mut() = http::Uri::from_static(PATH);
+    *request.headers_mut() = metadata.into_headers();
+    *request.extensions_mut() = extensions;
+    request.headers_mut().insert(http::header::TE, http::HeaderValue::from_static("trailers"));
+    request
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
+    let response = client.channel().oneshot(request).await;
+    Incoming::response(response.map_err(|error| Status::from_error(error.into()))?)
 }
 
 /// Why a stream is not open.

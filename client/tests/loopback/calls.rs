@@ -60,6 +60,29 @@ async fn what_changes_something_is_tried_again_only_with_a_request_id() {
 }
 
 #[tokio::test]
+async fn what_is_in_the_way_is_waited_for_only_by_who_wants_to() {
+    let blocked = |times| {
+        let mut details = ErrorDetails::new();
+        details.add_precondition_failure_violation("LEASED", "devices/a", "operations/7 has it");
+        vec![Status::with_error_details(Code::Unavailable, "blocked", details); times]
+    };
+    for (repeat_blocked, calls) in [(true, 4), (false, 1)] {
+        let agent = Agent::with_script(blocked(3));
+        let client = client(&agent).await;
+        let pause = Duration::from_millis(1);
+        let retry = RetryPolicy {
+            repeat_blocked,
+            first_pause: pause,
+            longest_pause: pause,
+            ..RetryPolicy::default()
+        };
+        let client = client.with_call_options(CallOptions { retry, ..CallOptions::default() });
+        assert_eq!(client.start_save(save("id")).await.is_ok(), repeat_blocked);
+        assert_eq!(agent.calls().len(), calls);
+    }
+}
+
+#[tokio::test]
 async fn no_other_code_is_tried_again() {
     for code in 1..=16 {
         let code = Code::from(code);

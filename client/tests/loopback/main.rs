@@ -14,6 +14,7 @@ mod devices_of_agent;
 mod handshakes;
 mod offline;
 mod pki;
+mod refused;
 mod server;
 mod setup;
 mod shelf;

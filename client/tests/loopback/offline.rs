@@ -102,7 +102,7 @@ async fn a_folder_is_inspected_and_nothing_is_made_into_a_store() {
     fs::write(setup.path("one/device-0.state"), vec![0; state().len()]).unwrap();
     let (code, out, _) = alone(folder, "checkpoints inspect one");
     assert_eq!(code, 1);
-    assert!(out.starts_with("operations/1 is NOT sound\n"), "{out}");
+    assert!(out.starts_with("one is NOT sound\n"), "{out}");
     fs::write(setup.path("one/manifest.json"), "{}").unwrap();
     let (code, out, _) = alone(folder, "checkpoints inspect one");
     assert_eq!(code, 1);

@@ -17,7 +17,15 @@ use crate::commands::save::SaveArgs;
 use crate::commands::shell::{CompletionArgs, ManArgs};
 use crate::values::duration;
 
+/// The variable that says how results are printed.
+pub(crate) const FORMAT_VARIABLE: &str = "VFIOCTL_FORMAT";
+
 const AFTER_HELP: &str = "\
+Results go to stdout, all else to stderr. With -o json and -o yaml stderr has documents, too, one a
+line in JSON: {\"note\": text} for what is said on the way, and last, for a failure, {\"error\": {code,
+reason, message, device, operation, hint, blockers, fields, retry_after_ms, exit_code}}. An
+operation that ended badly, or goes on, is on stdout, as `operations get` prints it.
+
 Options go before the environment, and that before the context in use; see `vfioctl context`.
 
 Exit codes:
@@ -55,7 +63,7 @@ pub(crate) struct Global {
         short,
         long = "format",
         global = true,
-        env = "VFIOCTL_FORMAT",
+        env = FORMAT_VARIABLE,
         hide_env_values = true,
         value_name = "FORMAT",
         default_value = "table"

@@ -11,13 +11,13 @@
 
 use std::path::PathBuf;
 
-use vfio_checkpoint_client::call::{CallOptions, Client};
+use vfio_checkpoint_client::call::{CallOptions, Client, RetryPolicy};
 use vfio_checkpoint_client::connect::ConnectOptions;
 use vfio_checkpoint_client::tls::{self, CredentialFiles, Credentials, ServerCheck};
 
 use crate::cli::Global;
 use crate::contexts::{Context, ContextsFile, Place};
-use crate::outcome::Failure;
+use crate::outcome::{Exit, Failure};
 
 /// What is said about an agent, all in all. Nothing is checked yet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -90,13 +90,25 @@ impl Settings {
             ca: needed(self.ca.as_ref(), "--ca", "VFIOCTL_CA")?.clone(),
         };
         let server = self.server()?;
-        let credentials = Credentials::from_files(&files).map_err(Failure::usage)?;
-        let config = tls::client_config(credentials, &server).map_err(Failure::usage)?;
+        let credentials = Credentials::from_files(&files).map_err(unusable)?;
+        let config = tls::client_config(credentials, &server).map_err(unusable)?;
         let mut options = ConnectOptions::new(endpoint, config, server);
         options.connect_timeout = options.connect_timeout.min(global.timeout);
         let client = Client::connect(&options).await.map_err(Failure::connect)?;
-        Ok(client.with_call_options(CallOptions { deadline: global.timeout, ..CallOptions::default() }))
+        // Whoever typed the command is told what has the device, instead of being left in the dark for as long as it may
+        // take; a script is told when to try again.
+        let retry = RetryPolicy { repeat_blocked: false, ..RetryPolicy::default() };
+        Ok(client.with_call_options(CallOptions {
+            deadline: global.timeout,
+            retry,
+            ..CallOptions::default()
+        }))
     }
+}
+
+/// What is given cannot be used, and its error ends with what to do.
+fn unusable(error: impl std::fmt::Display) -> Failure {
+    Failure::with_advice(Exit::Usage, error)
 }
 
 /// Connects as the command line, the environment and the context say.
@@ -106,7 +118,7 @@ pub(crate) async fn connect(global: &Global) -> Result<Client, Failure> {
 
 fn needed<'a, T>(value: Option<&'a T>, option: &str, variable: &str) -> Result<&'a T, Failure> {
     value.ok_or_else(|| {
-        Failure::usage(format!(
+        unusable(format!(
             "{option} is missing; give it, set {variable}, or put it into a context with `vfioctl context set`"
         ))
     })

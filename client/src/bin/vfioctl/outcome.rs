@@ -1,14 +1,11 @@
-//! How a command ends: its exit code, and what is said of it.
+//! How a command ends: its exit code, and what is said of an operation that has ended.
 
-use std::fmt::Display;
-
-use tonic::Code;
-use vfio_checkpoint_client::call::{CallError, printable};
-use vfio_checkpoint_client::connect::ConnectError;
-use vfio_checkpoint_client::transfer::OpenStreamError;
+use vfio_checkpoint_client::call::printable;
 use vfio_checkpoint_proto::v1::{
     CheckpointConsistency, DeviceStanding, Operation, OperationResult, StateOutcome,
 };
+
+pub(crate) use crate::failure::Failure;
 
 /// What became of the devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,72 +41,19 @@ impl Exit {
             Self::Interrupted => 130,
         }
     }
-}
 
-/// A command that did not do what was asked for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Failure {
-    pub(crate) exit: Exit,
-    pub(crate) message: String,
-}
-
-impl Failure {
-    pub(crate) fn new(exit: Exit, message: impl Display) -> Self {
-        Self { exit, message: message.to_string() }
-    }
-
-    pub(crate) fn usage(message: impl Display) -> Self {
-        Self::new(Exit::Usage, message)
-    }
-
-    pub(crate) fn connect(error: ConnectError) -> Self {
-        let exit =
-            if matches!(error, ConnectError::BadEndpoint { .. }) { Exit::Usage } else { Exit::Unreachable };
-        Self::new(exit, error)
-    }
-
-    /// A call that was refused. It has not touched anything, or says otherwise by its code.
-    pub(crate) fn call(error: CallError) -> Self {
-        let exit = match &error {
-            CallError::NotConnected { .. } | CallError::Deadline { .. } => Exit::Unreachable,
-            CallError::BadAnswer { .. } => Exit::Failed,
-            // Also where what is in the way may pass: the agent was reached, and said no.
-            CallError::Refused(refusal) if refusal.reason.as_deref() == Some(BLOCKED) => Exit::Refused,
-            CallError::Refused(refusal) => exit_of(refusal.code),
-        };
-        Self::new(exit, error)
-    }
-
-    pub(crate) fn open(error: OpenStreamError) -> Self {
-        match error {
-            OpenStreamError::Call(error) => Self::call(error),
-            error @ (OpenStreamError::GivenUp(_)
-            | OpenStreamError::Ended
-            | OpenStreamError::NotOpened
-            | OpenStreamError::Invalid(_)
-            | OpenStreamError::Version { .. }
-            | OpenStreamError::Timeout(_)) => Self::new(Exit::Failed, error),
+    /// Why, where nothing is known that says it better.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Done => "DONE",
+            Self::Failed => "FAILED",
+            Self::Usage => "USAGE",
+            Self::Refused => "REFUSED",
+            Self::NeedsSomebody => "NEEDS_SOMEBODY",
+            Self::Unreachable => "UNREACHABLE",
+            Self::GoesOn => "GOES_ON",
+            Self::Interrupted => "INTERRUPTED",
         }
-    }
-}
-
-/// The reason of a call that something is in the way of.
-const BLOCKED: &str = "BLOCKED";
-
-fn exit_of(code: Code) -> Exit {
-    match code {
-        Code::InvalidArgument
-        | Code::NotFound
-        | Code::AlreadyExists
-        | Code::ResourceExhausted
-        | Code::FailedPrecondition
-        | Code::Aborted
-        | Code::OutOfRange
-        | Code::Unimplemented => Exit::Refused,
-        Code::PermissionDenied | Code::Unauthenticated | Code::Unavailable | Code::DeadlineExceeded => {
-            Exit::Unreachable
-        }
-        Code::Ok | Code::Cancelled | Code::Unknown | Code::Internal | Code::DataLoss => Exit::Failed,
     }
 }
 
@@ -177,7 +121,6 @@ pub(crate) fn judge(operation: &Operation) -> (Exit, Option<String>) {
 
 #[cfg(test)]
 mod tests {
-    use vfio_checkpoint_client::call::Refusal;
     use vfio_checkpoint_proto::v1::{OperationDevice, OperationFailure};
 
     use super::*;
@@ -236,31 +179,5 @@ mod tests {
           DEVICE_FAILED (devices/a): it did not leave RESUMING
           devices/b is quarantined; reset it with `vfioctl devices reset` once it is clear what may become of its state
         ");
-    }
-
-    #[test]
-    fn codes_tell_a_refusal_from_an_agent_that_is_not_there() {
-        assert_eq!(exit_of(Code::FailedPrecondition), Exit::Refused);
-        assert_eq!(exit_of(Code::PermissionDenied), Exit::Unreachable);
-        assert_eq!(exit_of(Code::Unavailable), Exit::Unreachable);
-        assert_eq!(exit_of(Code::Internal), Exit::Failed);
-    }
-
-    #[test]
-    fn what_is_in_the_way_is_a_refusal_also_where_it_may_pass() {
-        let refused = |reason: &str| {
-            Failure::call(CallError::Refused(Box::new(Refusal {
-                rpc: "StartSave",
-                code: Code::Unavailable,
-                message: "nothing was touched: operations/1 has it".to_owned(),
-                reason: Some(reason.to_owned()),
-                blockers: Vec::new(),
-                fields: Vec::new(),
-                retry_after: None,
-                has_bad_details: false,
-            })))
-        };
-        assert_eq!(refused(BLOCKED).exit, Exit::Refused);
-        assert_eq!(refused("SHUTTING_DOWN").exit, Exit::Unreachable);
     }
 }

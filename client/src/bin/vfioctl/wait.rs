@@ -6,9 +6,10 @@ use std::pin::pin;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client};
 use vfio_checkpoint_proto::ids::OperationName;
-use vfio_checkpoint_proto::v1::{CancelOperationRequest, Operation, OperationAction};
+use vfio_checkpoint_proto::v1::{CancelOperationRequest, Operation, OperationAction, OperationPhase};
 
 use crate::cli::Waiting;
 use crate::commands::missing;
@@ -16,6 +17,8 @@ use crate::outcome::{Exit, Failure, judge};
 use crate::progress::Meter;
 use crate::render;
 
+/// How long the first look takes. Each takes twice as long as the one before, up to one of those below.
+const FIRST_LOOK: Duration = Duration::from_millis(125);
 /// How often something to do is looked for.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// How many times in a row an agent may be away. Each time the call itself has tried for as long as `--timeout`.
@@ -25,7 +28,7 @@ const DRAW_EVERY: Duration = Duration::from_millis(500);
 
 /// Waits until an operation is done, and says once what its caller may do.
 pub(crate) async fn done(client: &Client, name: &OperationName) -> Result<Operation, Failure> {
-    poll(client, name, None).await
+    poll(client, name, None, &mut None).await
 }
 
 /// The same, for no longer than a limit, and with a line of progress.
@@ -35,14 +38,18 @@ pub(crate) async fn until_done(
     limit: Option<Duration>,
     meter: Option<&Meter>,
 ) -> Result<Operation, Failure> {
-    let Some(limit) = limit else { return poll(client, name, meter).await };
-    tokio::time::timeout(limit, poll(client, name, meter)).await.unwrap_or_else(|_| {
+    let mut seen = None;
+    let Some(limit) = limit else { return poll(client, name, meter, &mut seen).await };
+    tokio::time::timeout(limit, poll(client, name, meter, &mut seen)).await.unwrap_or_else(|_| {
+        let phase = seen.as_ref().map(Operation::phase).filter(|phase| *phase != OperationPhase::Unspecified);
+        let at = phase.map(|phase| format!(" ({})", render::phase(phase)));
         let text = format!(
-            "{name} is not done after {}, and goes on; to follow it call: vfioctl operations watch {}",
+            "{name} is not done after {}{}, and goes on",
             humantime::format_duration(limit),
-            name.id()
+            at.unwrap_or_default(),
         );
-        Err(Failure::new(Exit::GoesOn, text))
+        let hint = format!("to follow it call: vfioctl operations watch {}", name.id());
+        Err(Failure::goes_on(text, name, seen).hint(&hint))
     })
 }
 
@@ -61,26 +68,38 @@ pub(crate) async fn stay(
     }
 }
 
-/// Whether another certificate is needed, so that asking again is of no use.
-pub(crate) fn is_about_the_caller(error: &CallError) -> bool {
-    matches!(error, CallError::NotConnected { source, .. } if source.is_about_the_caller())
+/// Whether the agent is away, or on its way out, so that asking again is of use. Where another certificate is needed it
+/// is of none.
+pub(crate) fn is_away(error: &CallError) -> bool {
+    match error {
+        CallError::NotConnected { source, .. } => !source.is_about_the_caller(),
+        CallError::Deadline { .. } => true,
+        CallError::Refused(refusal) => refusal.code == Code::Unavailable,
+        CallError::BadAnswer { .. } => false,
+    }
 }
 
-async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> Result<Operation, Failure> {
+/// Asks until the operation is done. What was heard last is in `seen`, also where the asking is given up.
+async fn poll(
+    client: &Client,
+    name: &OperationName,
+    meter: Option<&Meter>,
+    seen: &mut Option<Operation>,
+) -> Result<Operation, Failure> {
     let say = |text: &str| match meter {
         Some(meter) => meter.say(text),
         None => render::say(text),
     };
-    let look_every = if meter.is_some_and(Meter::is_seen) { DRAW_EVERY } else { LOOK_EVERY };
+    let longest = if meter.is_some_and(Meter::is_seen) { DRAW_EVERY } else { LOOK_EVERY };
+    // Most of what is waited for begins or ends soon; then it is asked less and less.
+    let mut look_every = FIRST_LOOK;
     let mut told = Vec::new();
     let mut away = 0;
     loop {
         let asked = tokio::time::Instant::now();
         let answer = match client.wait_operation(name.as_str(), look_every).await {
             Ok(answer) => answer,
-            Err(error @ (CallError::NotConnected { .. } | CallError::Deadline { .. }))
-                if away < MAX_AWAY && !is_about_the_caller(&error) =>
-            {
+            Err(error) if away < MAX_AWAY && is_away(&error) => {
                 away += 1;
                 say(&format!("{error}\n{name} goes on without this connection; asking again"));
                 tokio::time::sleep(LOOK_EVERY).await;
@@ -90,8 +109,8 @@ async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> R
                 let failure = Failure::call(error);
                 // It was begun, so "refused before anything was touched" would not be true of it.
                 let exit = if failure.exit == Exit::Refused { Exit::Failed } else { failure.exit };
-                let text = format!("what became of {name} is not known: {}", failure.message);
-                return Err(Failure::new(exit, text));
+                let unknown = Failure::new(exit, format!("what became of {name} is not known"));
+                return Err(failure.exits(exit).about(name).after(&unknown));
             }
         };
         away = 0;
@@ -102,6 +121,7 @@ async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> R
         if operation.done {
             return Ok(operation);
         }
+        *seen = Some(operation.clone());
         for (action, text) in [
             (OperationAction::Cutover, "pause the workload and call: vfioctl operations cutover"),
             (OperationAction::Resume, "the devices are held; to run them call: vfioctl operations resume"),
@@ -113,6 +133,7 @@ async fn poll(client: &Client, name: &OperationName, meter: Option<&Meter>) -> R
         }
         // The agent answers when the time is up. One that does not wait must not be asked without end.
         tokio::time::sleep_until(asked + look_every / 2).await;
+        look_every = (look_every * 2).min(longest);
     }
 }
 
@@ -175,19 +196,21 @@ pub(crate) async fn after_interrupt(
     let done = tokio::select! {
         done = done(client, name) => done,
         () = interrupts.next() => {
-            let text = format!("{name} is being undone; to see what became of it call: vfioctl operations get {}", name.id());
-            return Failure::new(Exit::Interrupted, text);
+            let hint = format!("to see what became of it call: vfioctl operations get {}", name.id());
+            let failure = Failure::new(Exit::Interrupted, format!("{name} is being undone"));
+            return failure.about(name).hint(&hint);
         }
     };
     match done {
         Ok(operation) => match judge(&operation) {
             // State that is lost is worse news than an interrupt.
-            (Exit::NeedsSomebody, Some(text)) => Failure::new(Exit::NeedsSomebody, text),
-            (_, Some(text)) => Failure::new(Exit::Interrupted, text),
+            (Exit::NeedsSomebody, Some(text)) => Failure::ended(Exit::NeedsSomebody, text, &operation),
+            (_, Some(text)) => Failure::ended(Exit::Interrupted, text, &operation),
             (_, None) => {
-                Failure::new(Exit::Interrupted, format!("{name} had succeeded before it could be cancelled"))
+                let text = format!("{name} had succeeded before it could be cancelled");
+                Failure::ended(Exit::Interrupted, text, &operation)
             }
         },
-        Err(failure) => Failure::new(Exit::Interrupted, failure.message),
+        Err(failure) => failure.exits(Exit::Interrupted),
     }
 }

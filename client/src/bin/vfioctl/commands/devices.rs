@@ -16,7 +16,7 @@ use crate::cli::OutputFormat;
 use crate::outcome::{Exit, Failure};
 use crate::render::{self, DeviceDoc, Reader};
 use crate::values::device;
-use crate::wait::{Interrupts, MAX_AWAY};
+use crate::wait::{Interrupts, MAX_AWAY, is_away};
 
 /// How long is waited before a watch is opened again.
 const AWAY_PAUSE: Duration = Duration::from_secs(2);
@@ -119,12 +119,7 @@ async fn watch(client: &Client, names: &[DeviceName], format: OutputFormat) -> R
             },
             Err(error) => error,
         };
-        let is_away = match &error {
-            CallError::NotConnected { .. } | CallError::Deadline { .. } => true,
-            CallError::Refused(refusal) => refusal.code == tonic::Code::Unavailable,
-            CallError::BadAnswer { .. } => false,
-        };
-        if !is_away || away == MAX_AWAY {
+        if !is_away(&error) || away == MAX_AWAY {
             return Err(Failure::call(error));
         }
         away += 1;
@@ -167,14 +162,13 @@ async fn reset(client: &Client, args: ResetArgs, format: OutputFormat) -> Result
     let mode = if args.mode.keep_state { v1::ResetMode::KeepState } else { v1::ResetMode::DiscardState };
     if !args.dry_run {
         let device = get(client, &args.name).await?;
-        let stands = render::device_change(&device);
         let question = match mode {
             v1::ResetMode::KeepState => "bring it back to RUNNING with the state that it carries?",
             v1::ResetMode::DiscardState | v1::ResetMode::Unspecified => {
                 "reset it? Its state is lost for good."
             }
         };
-        confirm(format!("{}\n{question}", stands.trim_end()), args.yes).await?;
+        confirm(format!("{}: {question}", device.stands()), args.yes).await?;
     }
     let request = v1::ResetDeviceRequest {
         name: args.name.to_string(),

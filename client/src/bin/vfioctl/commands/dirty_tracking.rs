@@ -9,6 +9,7 @@
 
 use clap::{Args, Subcommand};
 use serde::Serialize;
+use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client, printable};
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1::{
@@ -38,8 +39,8 @@ pub(crate) enum DirtyTrackingCommand {
         /// The page size to ask for; the device may choose another
         #[arg(long, value_name = "BYTES", default_value = "4KiB", value_parser = page_bytes)]
         page_size: u64,
-        /// What to log, such as 0x100000+16MiB; may be given again; without it all that the device can
-        #[arg(long = "range", value_name = "START+LENGTH", value_parser = range)]
+        /// What to log, such as 0x100000+16MiB; may be given again
+        #[arg(long = "range", value_name = "START+LENGTH", value_parser = range, required = true)]
         ranges: Vec<IovaRange>,
     },
     /// Read the log over a range, and clear it
@@ -74,7 +75,16 @@ pub(crate) async fn run(
     match command {
         DirtyTrackingCommand::Start { name, page_size, ranges } => {
             let request = StartDirtyTrackingRequest { name: name.to_string(), page_bytes: page_size, ranges };
-            let answer = client.start_dirty_tracking(request).await.map_err(Failure::call)?;
+            let answer = client.start_dirty_tracking(request).await.map_err(|error| {
+                let is_device =
+                    error.refusal().is_some_and(|refusal| refusal.code == Code::FailedPrecondition);
+                let failure = Failure::call(error);
+                if is_device {
+                    failure.hint("if it logs already, end that first: vfioctl dirty-tracking stop")
+                } else {
+                    failure
+                }
+            })?;
             let doc = Started { device: name.to_string(), page_bytes: answer.page_bytes };
             let table = |_| {
                 let (name, page) = (printable(&doc.device), render::bytes(doc.page_bytes));
@@ -150,10 +160,9 @@ async fn report(client: &Client, args: &ReportArgs) -> Result<Report, Failure> {
             Err(error) => Err(error),
         };
         let (found, is_all) = found.map_err(|error| {
-            let failure = Failure::call(error);
             // Whatever was read before is cleared, and so may be what an answer that was lost had told.
             let note = "take every page of the range for dirty: what was read of the log is cleared";
-            Failure::new(failure.exit, format!("{}\n{note}", failure.message))
+            Failure::call(error).note(note)
         })?;
         dirty_pages += found;
         all_dirty |= is_all;

@@ -91,8 +91,8 @@ async fn confirm(question: String, is_said: bool) -> Result<(), Failure> {
         return Ok(());
     }
     if !io::stdin().is_terminal() {
-        let text = format!("{question}\nnobody can be asked here; give --yes if that is wanted");
-        return Err(Failure::usage(text));
+        let text = format!("nobody can be asked here\n{question}");
+        return Err(Failure::usage(text).hint("give --yes if that is wanted"));
     }
     let asked = tokio::task::spawn_blocking(move || {
         write!(io::stderr(), "{question} [y/N] ")?;

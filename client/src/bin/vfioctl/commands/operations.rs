@@ -95,7 +95,16 @@ pub(crate) async fn run(
             let answer = client.get_operation(request).await.map_err(Failure::call)?;
             show(format, answer.operation, "GetOperation")
         }
-        OperationsCommand::Watch { name, wait_timeout } => watch(client, &name, wait_timeout, format).await,
+        OperationsCommand::Watch { name, wait_timeout } => {
+            // One that is not there is refused; where only the agent is away, the watch waits for it.
+            let request = v1::GetOperationRequest { name: name.to_string() };
+            if let Err(error) = client.get_operation(request).await
+                && !wait::is_away(&error)
+            {
+                return Err(Failure::call(error));
+            }
+            watch(client, &name, wait_timeout, format).await
+        }
         OperationsCommand::Cancel { name } => cancel(client, &name, format).await,
         OperationsCommand::Cutover(steer) => {
             let request = v1::CutoverRequest { operation: steer.name.to_string() };
@@ -135,13 +144,14 @@ async fn watch(
     let done = tokio::select! {
         done = wait::until_done(client, name, limit, Some(&meter)) => done?,
         // Only looking ends: the operation is somebody's and goes on.
-        () = interrupts.next() => return Err(Failure::new(Exit::Interrupted, format!("{name} goes on"))),
+        () = interrupts.next() => {
+            return Err(Failure::new(Exit::Interrupted, format!("{name} goes on")).about(name));
+        }
     };
     drop(meter);
-    print_one(format, &done)?;
     match judge(&done) {
-        (exit, None) => Ok(exit),
-        (exit, Some(text)) => Err(Failure::new(exit, text)),
+        (exit, None) => print_one(format, &done).map(|()| exit),
+        (exit, Some(text)) => Err(Failure::ended(exit, text, &done)),
     }
 }
 
@@ -149,18 +159,17 @@ async fn cancel(client: &Client, name: &OperationName, format: OutputFormat) -> 
     let request = v1::CancelOperationRequest { name: name.to_string() };
     client.cancel_operation(request).await.map_err(Failure::call)?;
     let done = wait::done(client, name).await?;
-    print_one(format, &done)?;
     match (done.result(), judge(&done)) {
         // It was undone, as was asked for.
-        (v1::OperationResult::Cancelled, (Exit::Failed, _)) => Ok(Exit::Done),
+        (v1::OperationResult::Cancelled, (Exit::Failed, _)) => print_one(format, &done).map(|()| Exit::Done),
         (v1::OperationResult::Succeeded, _) => {
             let text = format!("{name} had succeeded before it could be cancelled");
-            Err(Failure::new(Exit::Failed, text))
+            Err(Failure::ended(Exit::Failed, text, &done))
         }
         (
             v1::OperationResult::Cancelled | v1::OperationResult::Failed | v1::OperationResult::Unspecified,
             (exit, text),
-        ) => Err(Failure::new(exit, text.unwrap_or_default())),
+        ) => Err(Failure::ended(exit, text.unwrap_or_default(), &done)),
     }
 }
 
@@ -170,7 +179,7 @@ fn show(format: OutputFormat, operation: Option<v1::Operation>, rpc: &'static st
 }
 
 /// Prints one operation.
-pub(super) fn print_one(format: OutputFormat, operation: &v1::Operation) -> Result<(), Failure> {
+pub(crate) fn print_one(format: OutputFormat, operation: &v1::Operation) -> Result<(), Failure> {
     let doc = OperationDoc::new(operation);
     render::print(format, |detail| render::operations(detail, std::slice::from_ref(&doc)), &doc)
 }

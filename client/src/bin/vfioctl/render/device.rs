@@ -4,7 +4,7 @@ use serde::Serialize;
 use vfio_checkpoint_client::call::printable;
 use vfio_checkpoint_proto::v1;
 
-use super::{BlockerDoc, Column, Detail, SizeDoc, rows, said, short, size, usual, wide, yes};
+use super::{BlockerDoc, Column, Detail, SizeDoc, or_dash, rows, said, short, size, usual, wide, yes};
 
 /// A device.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -95,15 +95,28 @@ fn remarks(device: &DeviceDoc) -> String {
     text
 }
 
+impl DeviceDoc {
+    /// How it stands, in a sentence.
+    pub(crate) fn stands(&self) -> String {
+        let detail = printable(&self.standing_detail);
+        let detail = if detail.is_empty() { detail } else { format!(" ({detail})") };
+        format!(
+            "{} is {}, and {}{detail}",
+            printable(&self.name),
+            or_dash(Some(said(self.state))),
+            self.standing
+        )
+    }
+}
+
 /// One line that says how a device stands now.
 pub(crate) fn device_change(device: &DeviceDoc) -> String {
-    let or_dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
     let line = format!(
         "{:<28} {:<12} {:<12} {}",
         printable(&device.name),
-        or_dash(said(device.state)),
-        or_dash(said(device.standing)),
-        or_dash(printable(&device.operation)),
+        or_dash(Some(said(device.state))),
+        or_dash(Some(said(device.standing))),
+        or_dash(Some(printable(&device.operation))),
     );
     let detail = if device.standing_detail.is_empty() {
         String::new()

@@ -13,12 +13,14 @@ mod checkpoint;
 mod device;
 mod operation;
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
 use indicatif::{BinaryBytes, HumanDuration};
 use serde::Serialize;
-use vfio_checkpoint_client::call::printable;
+use vfio_checkpoint_client::call::{Violation, printable};
 use vfio_checkpoint_proto::v1;
 
 pub(crate) use checkpoint::{AddedDoc, CheckpointDoc, DeviceStateDoc, checkpoints, device_states};
@@ -70,7 +72,7 @@ pub(crate) fn print_next(
     let text = match format {
         OutputFormat::Table => table(Detail::Usual),
         OutputFormat::Wide => table(Detail::Wide),
-        OutputFormat::Json => serde_json::to_string(document).map_err(unprintable)? + "\n",
+        OutputFormat::Json => json_line(document)?,
         OutputFormat::Yaml => format!("---\n{}", yaml(document)?),
     };
     put(&text)
@@ -78,6 +80,10 @@ pub(crate) fn print_next(
 
 pub(crate) fn json(document: &impl Serialize) -> Result<String, Failure> {
     serde_json::to_string_pretty(document).map(|text| text + "\n").map_err(unprintable)
+}
+
+pub(crate) fn json_line(document: &impl Serialize) -> Result<String, Failure> {
+    serde_json::to_string(document).map(|text| text + "\n").map_err(unprintable)
 }
 
 pub(crate) fn yaml(document: &impl Serialize) -> Result<String, Failure> {
@@ -103,10 +109,43 @@ pub(crate) fn has_colours() -> bool {
     io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
+/// How results are printed, and with them all that stderr gets.
+static FORMAT: OnceLock<OutputFormat> = OnceLock::new();
+
+/// From now on stderr gets what it gets in this format.
+pub(crate) fn speak(format: OutputFormat) {
+    // It is said once, when the command line is known.
+    let _said_before = FORMAT.set(format);
+}
+
+/// Something that is said on the way, for programs.
+#[derive(Debug, Serialize)]
+struct NoteDoc<'a> {
+    note: &'a str,
+}
+
 /// Says something that is not the result.
 pub(crate) fn say(text: &str) {
+    tell(text, &NoteDoc { note: text });
+}
+
+/// Says why a command did not do what was asked for.
+pub(crate) fn say_failure(failure: &Failure) {
+    tell(&format!("vfioctl: {}", failure.message), &failure.document());
+}
+
+/// A line for people, or a document of a stream of them.
+fn tell(text: &str, document: &impl Serialize) {
+    let for_people = || format!("{text}\n");
+    let told = match FORMAT.get() {
+        None | Some(OutputFormat::Table | OutputFormat::Wide) => for_people(),
+        Some(OutputFormat::Json) => json_line(document).unwrap_or_else(|_| for_people()),
+        Some(OutputFormat::Yaml) => {
+            yaml(document).map_or_else(|_| for_people(), |document| format!("---\n{document}"))
+        }
+    };
     // A stderr that is closed hears nothing.
-    let _unsaid = writeln!(io::stderr(), "{text}");
+    let _unsaid = io::stderr().write_all(told.as_bytes());
 }
 
 /// A column of a table.
@@ -182,8 +221,11 @@ pub(crate) fn time(duration: Duration) -> String {
         HumanDuration(duration).to_string()
     } else if duration >= Duration::from_secs(1) {
         format!("{:.1} s", duration.as_secs_f64())
-    } else {
+    } else if duration >= Duration::from_micros(100) {
         format!("{:.1} ms", duration.as_secs_f64() * 1e3)
+    } else {
+        // 0.0 ms would say that there is none.
+        format!("{} us", duration.as_micros())
     }
 }
 
@@ -266,7 +308,7 @@ impl SizeDoc {
 /// One reason why a job cannot work.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct BlockerDoc {
-    reason: &'static str,
+    reason: Cow<'static, str>,
     device: String,
     message: String,
 }
@@ -274,13 +316,31 @@ pub(crate) struct BlockerDoc {
 impl BlockerDoc {
     pub(crate) fn new(blocker: &v1::Blocker) -> Self {
         let reason = short(blocker.reason().as_str_name(), "BLOCKER_REASON_");
-        Self { reason, device: blocker.device.clone(), message: blocker.message.clone() }
+        Self { reason: reason.into(), device: blocker.device.clone(), message: blocker.message.clone() }
+    }
+
+    /// As the details of a status say it.
+    pub(crate) fn of_violation(violation: &Violation) -> Self {
+        let kind = &violation.kind;
+        Self {
+            reason: kind.strip_prefix("BLOCKER_REASON_").unwrap_or(kind).to_owned().into(),
+            device: violation.subject.clone(),
+            message: violation.description.clone(),
+        }
+    }
+
+    pub(crate) fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    pub(crate) fn device(&self) -> &str {
+        &self.device
     }
 
     pub(crate) fn line(&self) -> String {
         let about =
             if self.device.is_empty() { String::new() } else { format!(" {}", printable(&self.device)) };
-        format!("  {}{about}: {}\n", self.reason, printable(&self.message))
+        format!("  {}{about}: {}\n", printable(&self.reason), printable(&self.message))
     }
 }
 

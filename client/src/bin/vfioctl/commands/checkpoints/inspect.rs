@@ -34,6 +34,9 @@ use crate::render::{self, Detail, DeviceStateDoc};
 /// How many checkpoints of a store are read at once.
 const PAGE: usize = 100;
 
+/// The kind of a folder of `save --output`.
+const FOLDER: &str = "FOLDER";
+
 /// Verify a checkpoint on this machine.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
@@ -79,7 +82,7 @@ pub(super) async fn run(args: InspectArgs, format: OutputFormat) -> Result<Exit,
             let text = format!("{} is no store; leave --checkpoint out", args.path.display());
             return Err(Failure::usage(text));
         }
-        Found::Folder => ("FOLDER", vec![inspect_folder(&args.path).await?]),
+        Found::Folder => (FOLDER, vec![inspect_folder(&args.path).await?]),
         Found::Store { root, id } => ("STORE", inspect_store(&root, args.checkpoint.or(id)).await?),
     };
     let is_sound = checkpoints.iter().all(|checkpoint| checkpoint.is_sound);
@@ -93,7 +96,8 @@ fn found(path: &Path) -> Result<Found, Failure> {
     let absolute = match std::fs::canonicalize(path) {
         Ok(absolute) => absolute,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err(wrong("is not there".to_owned()));
+            let hint = "give a folder of `save --output`, or the folder of a store";
+            return Err(wrong("is not there".to_owned()).hint(hint));
         }
         Err(error) => return Err(wrong(format!("cannot be looked at: {error}"))),
     };
@@ -254,7 +258,9 @@ impl Inspection {
                 (true, _) => "is sound",
                 (false, _) => "is NOT sound",
             };
-            text.extend([format!("{} {verdict}\n", printable(&checkpoint.name))]);
+            // A folder is called what it is called on the command line; its operation is nothing that is here.
+            let name = if self.kind == FOLDER { &self.path } else { &checkpoint.name };
+            text.extend([format!("{} {verdict}\n", printable(name))]);
             for problem in &checkpoint.problems {
                 text.extend([format!("  {}\n", printable(problem))]);
             }

@@ -28,6 +28,14 @@ pub(crate) enum CheckpointsCommand {
         /// The store; the agent's first one if it is not said
         #[arg(long, value_name = "STORE", value_parser = store)]
         store: Option<StoreName>,
+        /// How many to ask the agent for at a time; all are listed
+        #[arg(
+            long,
+            value_name = "COUNT",
+            default_value_t = PAGE_SIZE,
+            value_parser = clap::value_parser!(i32).range(1..=i64::from(PAGE_SIZE))
+        )]
+        page_size: i32,
     },
     /// Show one checkpoint
     Get {
@@ -64,7 +72,9 @@ pub(crate) struct DeleteArgs {
 pub(crate) async fn run(global: &Global, command: CheckpointsCommand) -> Result<Exit, Failure> {
     let format = global.output_format;
     match command {
-        CheckpointsCommand::List { store } => list(&connect(global).await?, store, format).await,
+        CheckpointsCommand::List { store, page_size } => {
+            list(&connect(global).await?, store, page_size, format).await
+        }
         CheckpointsCommand::Get { name } => {
             let doc = get(&connect(global).await?, &name).await?;
             render::print(format, |detail| one(detail, &doc), &doc)?;
@@ -87,10 +97,15 @@ pub(crate) async fn run(global: &Global, command: CheckpointsCommand) -> Result<
     }
 }
 
-async fn list(client: &Client, store: Option<StoreName>, format: OutputFormat) -> Result<Exit, Failure> {
+async fn list(
+    client: &Client,
+    store: Option<StoreName>,
+    page_size: i32,
+    format: OutputFormat,
+) -> Result<Exit, Failure> {
     let parent = store.map(String::from).unwrap_or_default();
     let all = all_pages(async |page_token| {
-        let request = v1::ListCheckpointsRequest { parent: parent.clone(), page_size: PAGE_SIZE, page_token };
+        let request = v1::ListCheckpointsRequest { parent: parent.clone(), page_size, page_token };
         let page = client.list_checkpoints(request).await?;
         Ok((page.checkpoints, page.next_page_token))
     });

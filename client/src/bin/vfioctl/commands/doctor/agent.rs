@@ -15,8 +15,16 @@ const USUAL_SKEW: Duration = Duration::from_secs(5);
 /// A `date` has whole seconds.
 const GRAIN: Duration = Duration::from_secs(1);
 
-pub(super) async fn check(settings: &Settings, global: &Global) -> Vec<Finding> {
+/// Everything about the agent, if this caller has certificates that can be used.
+pub(super) async fn check(settings: &Settings, global: &Global, has_pair: bool) -> Vec<Finding> {
     const CHECK: &str = "agent";
+    if !has_pair {
+        return vec![warn(
+            CHECK,
+            "it was not called, as there is no key pair to call it with",
+            "mend that first",
+        )];
+    }
     let Some(endpoint) = &settings.endpoint else {
         let mend = "give --endpoint, or make a context with `vfioctl context set`";
         return vec![warn(CHECK, "no endpoint is known", mend)];
@@ -24,11 +32,8 @@ pub(super) async fn check(settings: &Settings, global: &Global) -> Vec<Finding> 
     let client = match settings.connect(global).await {
         Ok(client) => client,
         Err(failure) => {
-            // Every error of a connection ends with what to do.
-            let (what, mend) = failure
-                .message
-                .rsplit_once("; ")
-                .unwrap_or((failure.message.as_str(), "look at the agent's log"));
+            let (what, mend) = failure.advice();
+            let mend = mend.unwrap_or("look at the agent's log");
             return vec![fail(CHECK, what, mend)];
         }
     };

@@ -11,6 +11,9 @@ use x509_parser::pem::Pem;
 use super::finding::{Finding, fail, ok, warn};
 use crate::connection::Settings;
 
+/// Whether certificate, key and CA can be used at all.
+pub(super) const PAIR: &str = "key pair";
+
 /// Everything about the certificates of a caller.
 pub(super) fn check(settings: &Settings, now: SystemTime) -> Vec<Finding> {
     let (Some(certificate), Some(key), Some(ca)) = (&settings.cert, &settings.key, &settings.ca) else {
@@ -24,11 +27,11 @@ pub(super) fn check(settings: &Settings, now: SystemTime) -> Vec<Finding> {
         tls::client_config(credentials, &server)
     });
     let mut findings = vec![match pair {
-        Ok(_) => ok("key pair", "certificate, key and CA can be read, and go together"),
+        Ok(_) => ok(PAIR, "certificate, key and CA can be read, and go together"),
         Err(error) => {
             let text = error.to_string();
             let (what, mend) = text.rsplit_once("; ").unwrap_or((text.as_str(), "write the files anew"));
-            fail("key pair", what, mend)
+            fail(PAIR, what, mend)
         }
     }];
     findings.push(mode(key));

@@ -26,6 +26,13 @@ pub(super) struct Finding {
     pub(super) mend: Option<String>,
 }
 
+impl Finding {
+    /// Whether this check has failed.
+    pub(super) fn is_failed(&self, check: &str) -> bool {
+        self.check == check && self.level == Level::Fail
+    }
+}
+
 pub(super) fn ok(check: &'static str, detail: impl Into<String>) -> Finding {
     Finding { check, level: Level::Ok, detail: detail.into(), mend: None }
 }

@@ -78,6 +78,11 @@ pub(crate) async fn run(global: &Global, args: DoctorArgs) -> Result<Exit, Failu
             findings
         });
         findings.extend(looked.await.map_err(|error| Failure::new(Exit::Failed, error))?);
+        if args.only.is_empty() && !args.root.join("sys/module/vfio").exists() {
+            render::say(
+                "if this machine is no node with devices, look at the rest alone: vfioctl doctor --only caller --only agent",
+            );
+        }
     }
     if is_wanted(Part::Caller) || is_wanted(Part::Agent) {
         let settings = Settings::of(global)?;
@@ -85,7 +90,8 @@ pub(crate) async fn run(global: &Global, args: DoctorArgs) -> Result<Exit, Failu
             findings.extend(certificates::check(&settings, SystemTime::now()));
         }
         if is_wanted(Part::Agent) {
-            findings.extend(agent::check(&settings, global).await);
+            let has_pair = !findings.iter().any(|found| found.is_failed(certificates::PAIR));
+            findings.extend(agent::check(&settings, global, has_pair).await);
         }
     }
     let report = Report { is_well: findings.iter().all(|finding| finding.level != Level::Fail), findings };

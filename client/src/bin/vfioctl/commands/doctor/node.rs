@@ -4,21 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use vfio_checkpoint_drivers as drivers;
+
 use super::finding::{Finding, fail, ok, warn};
 
 /// The longest file of sysfs or proc that is read.
 const MAX_BYTES: u64 = 64 * 1024;
-/// Drivers that implement VFIO migration, with underscores for dashes: the kernel is not consistent about them.
-const MIGRATION_DRIVERS: [&str; 8] = [
-    "mlx5_vfio_pci",
-    "hisi_acc_vfio_pci",
-    "pds_vfio_pci",
-    "virtio_vfio_pci",
-    "qat_vfio_pci",
-    "xe_vfio_pci",
-    "mtty",
-    "nvidia_vgpu_vfio",
-];
 
 /// Everything about the node.
 pub(super) fn check(root: &Path) -> Vec<Finding> {
@@ -116,7 +107,7 @@ fn devices(root: &Path) -> Finding {
         for device in names(root, &folder).unwrap_or_default() {
             let link = fs::read_link(root.join(&folder).join(&device).join("driver"));
             let driver = link.ok().and_then(|link| link.file_name()?.to_str().map(str::to_owned));
-            if let Some(driver) = driver.filter(|driver| bus == "mdev" || is_vfio(driver)) {
+            if let Some(driver) = driver.filter(|driver| bus == "mdev" || drivers::is_vfio(driver)) {
                 *by_driver.entry(driver).or_default() += 1;
             }
         }
@@ -136,16 +127,8 @@ fn devices(root: &Path) -> Finding {
     }
 }
 
-fn folded(driver: &str) -> String {
-    driver.replace('-', "_")
-}
-
 fn migrates(driver: &str) -> bool {
-    MIGRATION_DRIVERS.contains(&folded(driver).as_str())
-}
-
-fn is_vfio(driver: &str) -> bool {
-    migrates(driver) || driver.contains("vfio")
+    drivers::fact(driver).is_some_and(|fact| fact.migrates)
 }
 
 #[cfg(test)]

@@ -41,6 +41,6 @@ pub(super) async fn restore(
             render::print(format, |_| summary.table(), &summary)?;
             Ok(exit)
         }
-        (exit, Some(text)) => Err(Failure::new(exit, text)),
+        (exit, Some(text)) => Err(Failure::ended(exit, text, &done)),
     }
 }

@@ -1,7 +1,7 @@
 //! `vfioctl save --output`: state out of devices into a folder.
 //!
 //! ```text
-//!   look at the folder -> StartSave -> stream -> folder (manifest last) -> Ack{complete} -> wait until done -> summary
+//!   probe the folder -> dry run: is there room? -> StartSave -> stream -> folder (manifest last) -> Ack{complete} -> wait until done -> summary
 //! ```
 //!
 //! Invariants: the manifest is there before the agent is told that all is durable. The checkpoint says INCONSISTENT until
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_client::document::Consistency;
-use vfio_checkpoint_client::folder::{self, Existing, FolderManifest, FolderWriter};
+use vfio_checkpoint_client::folder::{self, Existing, FolderError, FolderManifest, FolderWriter};
 use vfio_checkpoint_client::transfer::{Accepted, TakeState, Taker};
 use vfio_checkpoint_proto::domain::Phase;
 use vfio_checkpoint_proto::ids::OperationName;
@@ -38,7 +38,8 @@ pub(super) async fn save(
 ) -> Result<Exit, Failure> {
     let existing = if is_replaced { Existing::Replace } else { Existing::Refuse };
     // Before a device is stopped for a folder that cannot take its state.
-    folder::check_free(output, existing).await.map_err(|error| Failure::new(Exit::Refused, error))?;
+    folder::check_free(output, existing).await.map_err(unfit)?;
+    check_room(client, &request, output, existing).await?;
     let mut interrupts = wait::Interrupts::listen()?;
     let answer = client.start_save(request).await.map_err(Failure::call)?;
     let name = started("StartSave", answer.operation.as_ref())?;
@@ -59,7 +60,7 @@ pub(super) async fn save(
     let Some(done) = interrupts.or(client, &name, wait::done(client, &name)).await else {
         let failure = wait::after_interrupt(client, &name, &mut interrupts).await;
         let note = format!("the checkpoint in {} is whole and marked INCONSISTENT", output.display());
-        return Err(Failure::new(failure.exit, format!("{}\n{note}", failure.message)));
+        return Err(failure.note(&note));
     };
     let done = done?;
     let consistency = match done.consistency() {
@@ -72,12 +73,57 @@ pub(super) async fn save(
         mark(output, consistency).await?;
     }
     let (exit, problem) = judge(&done);
+    if let Some(text) = problem.as_ref().filter(|_| done.result() != v1::OperationResult::Succeeded) {
+        let note = format!("  the state in {} is whole, and marked INCONSISTENT", output.display());
+        return Err(Failure::ended(exit, text, &done).note(&note));
+    }
     let summary = Summary::new(&done, &taken, output, consistency);
     render::print(format, |detail| summary.table(detail), &summary)?;
     match problem {
         None => Ok(exit),
-        Some(text) => Err(Failure::new(exit, text)),
+        Some(text) => Err(Failure::ended(exit, text, &done).printed()),
     }
+}
+
+/// What the agent expects of the state has to fit into the folder.
+async fn check_room(
+    client: &Client,
+    request: &v1::StartSaveRequest,
+    output: &Path,
+    existing: Existing,
+) -> Result<(), Failure> {
+    let question = v1::StartSaveRequest { validate_only: true, request_id: String::new(), ..request.clone() };
+    let answer = client.start_save(question).await.map_err(Failure::call)?;
+    // What is in the way is told by the refusal of the save itself.
+    let Some(total) = answer.prediction.and_then(|known| known.total).filter(|_| answer.blockers.is_empty())
+    else {
+        return Ok(());
+    };
+    let room = folder::check_room(output, existing, total.bytes).await;
+    match total.kind() {
+        v1::DataSizeKind::Known => room.map_err(unfit),
+        v1::DataSizeKind::UpperBound => {
+            if let Err(error @ FolderError::NoRoom { .. }) = &room {
+                render::say(&format!("the state may turn out smaller, so it is saved all the same: {error}"));
+            }
+            Ok(())
+        }
+        v1::DataSizeKind::Unknown | v1::DataSizeKind::Unspecified => Ok(()),
+    }
+}
+
+/// A folder that cannot take a checkpoint.
+fn unfit(error: FolderError) -> Failure {
+    let failure = if let FolderError::NotEmpty { path, found, replaceable: true } = error {
+        let text = format!(
+            "{} is not empty: it holds {found:?}; give a new or empty folder, or --replace to replace the checkpoint in it",
+            path.display()
+        );
+        Failure::with_advice(Exit::Refused, text)
+    } else {
+        Failure::with_advice(Exit::Refused, error)
+    };
+    failure.because("FOLDER_UNFIT")
 }
 
 struct Taken {
@@ -181,7 +227,7 @@ fn unfinished(output: &Path, is_whole: bool, failure: Failure) -> Failure {
         return failure;
     }
     let note = format!("the state in {} is whole, and marked INCONSISTENT", output.display());
-    Failure::new(failure.exit, format!("{}\n  {note}", failure.message))
+    failure.note(&format!("  {note}"))
 }
 
 async fn mark(output: &Path, consistency: Consistency) -> Result<(), Failure> {
@@ -193,9 +239,9 @@ async fn mark(output: &Path, consistency: Consistency) -> Result<(), Failure> {
 pub(in crate::commands) async fn fate(client: &Client, name: &OperationName, failure: Failure) -> Failure {
     match wait::done(client, name).await {
         Ok(operation) => match judge(&operation) {
-            (exit, Some(text)) => Failure::new(exit, format!("{}\n{text}", failure.message)),
-            (_, None) => failure,
+            (exit, Some(text)) => Failure::ended(exit, text, &operation).after(&failure),
+            (_, None) => failure.about(name),
         },
-        Err(unknown) => Failure::new(unknown.exit, format!("{}\n{}", failure.message, unknown.message)),
+        Err(unknown) => unknown.after(&failure),
     }
 }

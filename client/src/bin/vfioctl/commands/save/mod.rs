@@ -198,9 +198,11 @@ async fn dry_run(
         rate_source: prediction.map(|known| known.rate_source.clone()),
     };
     let table = |_| {
-        let size = render::or_dash(doc.total_bytes.map(render::bytes));
-        let downtime = render::or_dash(downtime.map(render::time));
-        format!("{}state     {size}\ndowntime  {downtime} expected\n", blocked(&doc.blockers))
+        let unknown = || "not known before".to_owned();
+        let size = doc.total_bytes.map_or_else(unknown, render::bytes);
+        let downtime =
+            downtime.map_or_else(unknown, |downtime| format!("{} expected", render::time(downtime)));
+        format!("{}state     {size}\ndowntime  {downtime}\n", blocked(&doc.blockers))
     };
     render::print(format, table, &doc)?;
     Ok(if doc.blockers.is_empty() { Exit::Done } else { Exit::Refused })

@@ -37,14 +37,18 @@ pub(super) async fn save(
     render::say(&format!("saving as {name}"));
     let done = wait::stay(client, &name, waiting, &mut interrupts).await?;
     let (exit, problem) = judge(&done);
-    if !done.checkpoint.is_empty() {
-        let checkpoint = read_back(client, &done.checkpoint).await;
-        let summary = Summary::new(&done, checkpoint.as_ref());
-        render::print(format, |_| summary.table(), &summary)?;
+    // The name is known from the beginning; whether there is a checkpoint of that name shows in the end.
+    let is_there = done.result() == v1::OperationResult::Succeeded && !done.checkpoint.is_empty();
+    if !is_there {
+        let text = problem.unwrap_or_else(|| format!("{name} has ended without a checkpoint"));
+        return Err(Failure::ended(if exit == Exit::Done { Exit::Failed } else { exit }, text, &done));
     }
+    let checkpoint = read_back(client, &done.checkpoint).await;
+    let summary = Summary::new(&done, checkpoint.as_ref());
+    render::print(format, |_| summary.table(), &summary)?;
     match problem {
         None => Ok(exit),
-        Some(text) => Err(Failure::new(exit, text)),
+        Some(text) => Err(Failure::ended(exit, text, &done).printed()),
     }
 }
 
