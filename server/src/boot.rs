@@ -31,7 +31,7 @@ use crate::operation::{Entry, Operations, Unfinished};
 use crate::registry::keeper::{Keeper, KeeperError};
 use crate::registry::opening::{Arrival, Opener, bring_back_unclaimed, retry_unavailable};
 use crate::registry::{Registry, Slot};
-use crate::stores::{Stores, StoresError};
+use crate::stores::{Stores, StoresError, debts};
 
 /// Why an agent cannot begin. No device was touched.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +99,7 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
         }
     }
     reached(format_args!("boot: holder found"));
+    stores.take_over(&recorded);
     let revision = Arc::new(watch::Sender::new(0));
     let mut slots = Vec::with_capacity(config.devices.len());
     for device in &config.devices {
@@ -167,12 +168,16 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
     core.tasks.spawn(retry_unavailable(Arc::clone(&core), opener, before, arriving));
     core.tasks.spawn(forget_finished(Arc::clone(&core)));
     core.tasks.spawn(try_journal(Arc::clone(&core)));
-    let collecting = Arc::clone(&core);
-    core.tasks.spawn(async move { collecting.stores.collect().await });
+    core.tasks.spawn(look_after_stores(Arc::clone(&core)));
     if let Some(keeper) = keeper {
         core.tasks.spawn(keeper.look_after(core.environment.clone()));
     }
     Ok(core)
+}
+
+/// Pays what is owed to stores, and collects in them.
+async fn look_after_stores(core: Arc<Core>) {
+    tokio::join!(debts::pay(&core), core.stores.collect());
 }
 
 /// While the journal cannot be written, tries it: who stays away from an agent that is not serving brings it no commit by

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -25,11 +26,11 @@ use tonic::transport::Server;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
 use vfio_checkpoint_device::chain;
+use vfio_checkpoint_proto::MAX_REQUEST_BYTES;
 use vfio_checkpoint_proto::v1::FILE_DESCRIPTOR_SET;
 use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointServiceServer;
 use vfio_checkpoint_proto::v1::device_service_server::DeviceServiceServer;
 use vfio_checkpoint_proto::v1::operation_service_server::OperationServiceServer;
-use vfio_checkpoint_proto::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES};
 
 use crate::boot::{BootError, boot};
 use crate::config::AgentConfig;
@@ -37,7 +38,7 @@ use crate::core::Core;
 use crate::counted::counted;
 use crate::environment::Environment;
 use crate::operation::{Cancel, Entry, Phase};
-use crate::rpc::{Checkpoints, Devices, OperationsService, UnreadLayer};
+use crate::rpc::{Bulk, Checkpoints, Devices, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
 use crate::security::authorize::AuthorizeLayer;
 use crate::security::clock::SystemClock;
@@ -49,11 +50,11 @@ use crate::telemetry::TraceLayer;
 
 /// What a stream may have under way before its reader must say that it goes on. Enough for a fast link, and the bound on
 /// what a peer that sends and never listens can make the agent keep.
-const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 /// The same for a connection.
 const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-/// Large frames: fewer headers for bulk.
-const FRAME_BYTES: u32 = 256 << 10;
+/// A chunk of the usual length comes in one frame, and so in one piece of memory.
+const FRAME_BYTES: u32 = 1 << 20;
 /// Streams that a peer opened and reset before they were looked at.
 const MAX_PENDING_RESETS: usize = 32;
 /// Streams that were reset here because of what the peer did.
@@ -87,6 +88,13 @@ pub enum ServeError {
     /// A task died.
     #[error("the service died, which is a defect to report")]
     Died,
+}
+
+/// The runtime that an agent is served on.
+pub fn runtime(worker_threads: Option<usize>) -> io::Result<Runtime> {
+    let half = || std::thread::available_parallelism().map_or(1, |processors| processors.get().div_ceil(2));
+    let workers = worker_threads.unwrap_or_else(half);
+    Builder::new_multi_thread().worker_threads(workers).enable_all().build()
 }
 
 /// An agent that is served.
@@ -141,6 +149,7 @@ impl Agent {
         set_serving(&reporter).await;
         let (stop, stopped) = watch::channel(false);
 
+        let checkpoints = Checkpoints::new(Arc::clone(&core));
         let routes = Server::builder()
             .max_concurrent_streams(server.max_concurrent_streams)
             .http2_max_header_list_size(server.max_header_bytes)
@@ -159,10 +168,11 @@ impl Agent {
                 DeviceServiceServer::new(Devices::new(Arc::clone(&core)))
                     .max_decoding_message_size(MAX_REQUEST_BYTES),
             )
-            .add_service(
-                CheckpointServiceServer::new(Checkpoints::new(Arc::clone(&core)))
-                    .max_decoding_message_size(MAX_MESSAGE_BYTES),
-            )
+            .add_service(Bulk::new(
+                CheckpointServiceServer::new(checkpoints.clone())
+                    .max_decoding_message_size(MAX_REQUEST_BYTES),
+                checkpoints,
+            ))
             .add_service(
                 OperationServiceServer::new(OperationsService::new(Arc::clone(&core)))
                     .max_decoding_message_size(MAX_REQUEST_BYTES),

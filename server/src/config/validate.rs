@@ -85,6 +85,9 @@ fn node_and_server(config: &AgentConfig, found: &mut Mistakes) {
     found.time("server.stream_lifetime", server.stream_lifetime, StreamLimits::MAX_LIFETIME);
     found.time("server.seal_timeout", server.seal_timeout, DAY);
     found.time("server.shutdown_grace", server.shutdown_grace, Duration::from_hours(1));
+    if let Some(threads) = server.worker_threads {
+        found.range("server.worker_threads", threads, 1, 1024);
+    }
     if server.health_listen == Some(server.listen) && server.listen.port() != 0 {
         found.add("server.health_listen", "is the address of server.listen; give another port");
     }

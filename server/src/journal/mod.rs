@@ -31,7 +31,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{Executor, Lane, chain};
-use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, Epoch, LogicalDeviceId, OperationName};
 
 use self::file::{File, Opens};
 use crate::environment::UnixMillis;
@@ -45,6 +45,8 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const OPERATIONS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("operations");
 const REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("requests");
 const DEVICES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("devices");
+/// Not there in a file of an agent that had no debts. It is made when the file is opened.
+const DEBTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("debts");
 
 /// The journal. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -79,6 +81,10 @@ pub enum Change {
     ForgetRequest(RequestKey),
     /// What lives in a device.
     Device(DeviceName, DeviceRecord),
+    /// What is still to be done to a checkpoint, whose store did not take it.
+    Debt(CheckpointName, DebtRecord),
+    /// It was done.
+    ForgetDebt(CheckpointName),
 }
 
 /// What a commit announces, in a word: the step of the operation that it is about, where it is about one.
@@ -91,7 +97,9 @@ impl fmt::Display for Announced<'_> {
             Change::ForgetOperation(_)
             | Change::Request(..)
             | Change::ForgetRequest(_)
-            | Change::Device(..) => None,
+            | Change::Device(..)
+            | Change::Debt(..)
+            | Change::ForgetDebt(_) => None,
         });
         write!(f, "commit of {}", step.unwrap_or("devices"))
     }
@@ -143,6 +151,24 @@ pub enum RequestAnswer {
     },
 }
 
+/// What is to be done to a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Owed {
+    /// To mark it INCONSISTENT.
+    Inconsistent,
+    /// To discard it. It goes beyond a mark.
+    Discard,
+}
+
+/// What is still to be done to a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DebtRecord {
+    /// That.
+    pub owed: Owed,
+}
+
 /// What lives in a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -157,6 +183,49 @@ pub struct DeviceRecord {
     pub quarantined: bool,
     /// It was left stopped on request.
     pub left_stopped: bool,
+    /// What lived in it before, as far as it has to be known whether that may run still. The last is the newest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub past: Vec<PastRecord>,
+}
+
+/// A logical device that a reset discarded, or that was brought back to life after that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PastRecord {
+    /// Which logical device.
+    pub logical: LogicalDeviceId,
+    /// Under which epoch.
+    pub epoch: Epoch,
+    /// It was discarded while nobody else could have it.
+    pub runs_nowhere: bool,
+}
+
+impl DeviceRecord {
+    /// The most that is kept of the past. What is forgotten counts as running somewhere, which is the safe side.
+    const MAX_PAST: usize = 64;
+
+    /// The record of a device whose state was discarded: `new` lives in it.
+    #[must_use]
+    pub fn after_discard(self, new: LogicalDeviceId) -> Self {
+        // What was left stopped, or stands still because nobody knows what it is, may have been brought to run elsewhere
+        // meanwhile: that it is discarded here says nothing of that.
+        let runs_nowhere = !self.left_stopped && !self.quarantined;
+        let past = PastRecord { logical: self.logical.clone(), epoch: self.epoch, runs_nowhere };
+        Self { logical: new, epoch: Epoch(1), ..self }.with_past(past)
+    }
+
+    /// Notes what became of a logical device.
+    #[must_use]
+    pub fn with_past(mut self, past: PastRecord) -> Self {
+        self.past.retain(|before| before.logical != past.logical);
+        self.past.push(past);
+        if self.past.len() > Self::MAX_PAST {
+            // One that may run somewhere is what keeps an older record, of another device, from being believed.
+            let first = self.past.iter().position(|past| past.runs_nowhere).unwrap_or(0);
+            self.past.remove(first);
+        }
+        self
+    }
 }
 
 /// All that the journal holds.
@@ -168,6 +237,8 @@ pub struct Recorded {
     pub requests: Vec<(RequestKey, RequestRecord)>,
     /// By name.
     pub devices: Vec<(DeviceName, DeviceRecord)>,
+    /// By checkpoint.
+    pub debts: Vec<(CheckpointName, DebtRecord)>,
 }
 
 /// Why the journal cannot be used.
@@ -372,6 +443,7 @@ fn prepare(database: &Database, path: &Path) -> Result<(), JournalError> {
         transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
         transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
         transaction.open_table(DEVICES).map_err(JournalError::storage)?;
+        transaction.open_table(DEBTS).map_err(JournalError::storage)?;
     }
     transaction.commit().map_err(JournalError::storage)
 }
@@ -381,6 +453,7 @@ fn load(database: &Database) -> Result<Recorded, JournalError> {
     let operations = rows::<OperationRecord>(&transaction, OPERATIONS, "operations")?;
     let requests = rows::<RequestRecord>(&transaction, REQUESTS, "requests")?;
     let devices = rows::<DeviceRecord>(&transaction, DEVICES, "devices")?;
+    let debts = rows::<DebtRecord>(&transaction, DEBTS, "debts")?;
     Ok(Recorded {
         operations: operations.into_iter().map(|(_, record)| record).collect(),
         requests: requests
@@ -388,6 +461,7 @@ fn load(database: &Database) -> Result<Recorded, JournalError> {
             .filter_map(|(key, record)| Some((RequestKey::parse(&key)?, record)))
             .collect(),
         devices: devices.into_iter().filter_map(|(key, record)| Some((key.parse().ok()?, record))).collect(),
+        debts: debts.into_iter().filter_map(|(key, record)| Some((key.parse().ok()?, record))).collect(),
     })
 }
 
@@ -416,6 +490,7 @@ fn write(database: &Database, changes: &[Change]) -> Result<(), JournalError> {
         let mut operations = transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
         let mut requests = transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
         let mut devices = transaction.open_table(DEVICES).map_err(JournalError::storage)?;
+        let mut debts = transaction.open_table(DEBTS).map_err(JournalError::storage)?;
         for change in changes {
             match change {
                 Change::Operation(record) => {
@@ -437,6 +512,14 @@ fn write(database: &Database, changes: &[Change]) -> Result<(), JournalError> {
                     let name = name.to_string();
                     let text = encode("devices", &name, record)?;
                     devices.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
+                }
+                Change::Debt(name, record) => {
+                    let name = name.to_string();
+                    let text = encode("debts", &name, record)?;
+                    debts.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
+                }
+                Change::ForgetDebt(name) => {
+                    debts.remove(name.to_string().as_str()).map_err(JournalError::storage)?;
                 }
             }
         }

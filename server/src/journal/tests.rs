@@ -83,6 +83,7 @@ fn record() -> DeviceRecord {
         rate_bytes_per_second: Some(1 << 30),
         quarantined: true,
         left_stopped: false,
+        past: Vec::new(),
     }
 }
 
@@ -134,6 +135,53 @@ async fn every_step_and_record_is_read_back_as_it_was_written() {
     assert_eq!(found.operations, [written, vec![restore]].concat(), "the oldest first");
     assert_eq!(found.requests, [(key("a"), request(name(0))), (key("b"), reset)]);
     assert_eq!(found.devices, [(device(), record())]);
+}
+
+fn checkpoint(id: &str) -> CheckpointName {
+    format!("stores/local/checkpoints/{id}").parse().unwrap()
+}
+
+#[tokio::test]
+async fn what_is_owed_is_read_back_until_it_is_paid_and_a_file_from_before_opens() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(folder.path()).unwrap();
+    journal.commit(vec![Change::Device(device(), record())]).await.unwrap();
+    drop(journal);
+    // As the agents wrote it that had no debts.
+    let database = Database::open(folder.path().join("journal.redb")).unwrap();
+    let transaction = database.begin_write().unwrap();
+    assert!(transaction.delete_table(DEBTS).unwrap());
+    transaction.commit().unwrap();
+    drop(database);
+
+    let journal = open(folder.path()).unwrap();
+    let found = journal.load().unwrap();
+    assert_eq!((found.devices, found.debts), (vec![(device(), record())], Vec::new()));
+    let debts = [("a", Owed::Inconsistent), ("b", Owed::Discard)];
+    let debts = debts.map(|(id, owed)| (checkpoint(id), DebtRecord { owed }));
+    let changes = debts.iter().map(|(name, record)| Change::Debt(name.clone(), *record));
+    journal.commit(changes.collect()).await.unwrap();
+    let journal = reopened(journal, folder.path());
+    assert_eq!(journal.load().unwrap().debts, debts);
+    journal.commit(vec![Change::ForgetDebt(checkpoint("a"))]).await.unwrap();
+    assert_eq!(reopened(journal, folder.path()).load().unwrap().debts, debts[1..]);
+}
+
+#[test]
+fn what_is_kept_of_the_past_is_bounded_and_a_record_from_before_is_read() {
+    let before = r#"{"logical":"08080808080808080808080808080808","epoch":2,"rate_bytes_per_second":null,
+        "quarantined":false,"left_stopped":true}"#;
+    let mut record: DeviceRecord = serde_json::from_str(before).unwrap();
+    assert_eq!(record.past, Vec::new());
+    for index in 100..200 {
+        record = record.after_discard(LogicalDeviceId::from_bytes([index; 16]));
+        record.left_stopped = false;
+    }
+    assert_eq!(record.past.len(), DeviceRecord::MAX_PAST);
+    // The one that was left stopped outlives those that run nowhere.
+    assert!(!record.past[0].runs_nowhere);
+    assert_eq!(record.past[0].logical, LogicalDeviceId::from_bytes([8; 16]));
+    assert_eq!(record.past.last().unwrap().logical, LogicalDeviceId::from_bytes([198; 16]));
 }
 
 #[tokio::test]

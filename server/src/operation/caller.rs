@@ -239,10 +239,9 @@ impl EntryCaller {
     }
 
     async fn record_running(&self) -> Result<(), BoxError> {
-        let changes = self.devices(|device, before| DeviceRecord {
-            logical: device.logical.clone(),
-            epoch: device.epoch,
-            ..before
+        let changes = self.devices(|device, before| {
+            let (logical, epoch) = (device.logical.clone(), device.epoch);
+            self.core.back_to_life(DeviceRecord { logical, epoch, ..before })
         });
         self.commit(RecordedStep::Running { inconsistent: false }, changes).await
     }
@@ -265,7 +264,11 @@ impl EntryCaller {
 
     async fn commit(&self, step: RecordedStep, mut changes: Vec<Change>) -> Result<(), BoxError> {
         changes.insert(0, Change::Operation(Box::new(self.entry.record(step.clone()))));
+        let debts = self.core.stores.debts();
+        let debt = debts.unrecorded(self.entry.fixed.checkpoint.as_ref());
+        changes.extend(debt.clone());
         self.core.journal.commit(changes).await?;
+        debts.recorded(debt.as_slice());
         *self.on_record.lock().unwrap_or_else(PoisonError::into_inner) = step;
         Ok(())
     }

@@ -17,7 +17,7 @@ use super::record::{
     OperationDeviceRecord, RecordedStep,
 };
 use crate::core::Core;
-use crate::journal::{Change, DeviceRecord};
+use crate::journal::{Change, DeviceRecord, Owed};
 use crate::registry::opening::new_logical;
 use crate::registry::{Lease, Standing};
 
@@ -69,8 +69,23 @@ impl End {
     }
 
     /// The record, and all that goes to the journal with it.
-    pub(super) fn settle(self, core: &Core, entry: &Entry, lease: &Lease) -> (EndRecord, Vec<Change>) {
+    pub(super) fn settle(mut self, core: &Core, entry: &Entry, lease: &Lease) -> (EndRecord, Vec<Change>) {
         let view = entry.view();
+        let checkpoint = entry.fixed.checkpoint.as_ref();
+        let owed = checkpoint.and_then(|name| core.stores.debts().of(name));
+        if let (Some(failure), Some(owed), JobRecord::Save { .. }) =
+            (&mut self.failure, owed, entry.fixed.job)
+        {
+            // Who reads the store by another way than this agent finds it as it was.
+            failure.message.push_str(match owed {
+                Owed::Inconsistent => {
+                    "; its store could not be told of that yet: this agent refuses it, and goes on trying"
+                }
+                Owed::Discard => {
+                    "; its checkpoint could not be discarded in its store yet: this agent goes on trying"
+                }
+            });
+        }
         let OutOfService { quarantined, hung, unavailable } =
             OutOfService::among(&entry.fixed.devices, lease, &self.quarantined);
         let now = core.environment.unix_now();
@@ -101,6 +116,7 @@ impl End {
         };
         let mut changes =
             vec![Change::Operation(Box::new(entry.record(RecordedStep::Ended(record.clone()))))];
+        changes.extend(core.stores.debts().unrecorded(checkpoint));
         for (slot, device) in lease.slots().iter().zip(&entry.fixed.devices) {
             let Some(before) = slot.view().record else { continue };
             let (logical, epoch) = match self.outcome {
@@ -121,6 +137,11 @@ impl End {
                 // Also of one that hangs: after a restart of the agent it answers, and is where nobody knows.
                 quarantined: before.quarantined || self.quarantined.contains(slot.name()),
                 left_stopped: self.left_stopped && !self.reset.contains(slot.name()),
+                past: before.past.clone(),
+            };
+            let record = match self.outcome {
+                EndOutcome::Replaced => core.back_to_life(record),
+                EndOutcome::Preserved | EndOutcome::StateLost => record,
             };
             if record != before {
                 changes.push(Change::Device(slot.name().clone(), record));
@@ -173,7 +194,9 @@ pub(super) fn take_over_records(core: &Core, changes: &[Change]) {
             Change::Operation(_)
             | Change::ForgetOperation(_)
             | Change::Request(..)
-            | Change::ForgetRequest(_) => {}
+            | Change::ForgetRequest(_)
+            | Change::Debt(..)
+            | Change::ForgetDebt(_) => {}
         }
     }
 }

@@ -11,6 +11,7 @@ use super::admission::Blocker;
 use super::record::JobRecord;
 use super::run::Way;
 use crate::core::Core;
+use crate::journal::Owed;
 use crate::rpc::Refusal;
 use crate::stores::Place;
 
@@ -74,6 +75,15 @@ pub(super) async fn make_room(
 }
 
 impl Core {
+    /// Whether too much is owed to stores for another save into one.
+    pub(super) fn owes_too_much(&self) -> Option<Blocker> {
+        self.stores.debts().is_full().then(|| {
+            let message = "too many checkpoints wait to be marked or discarded in stores that cannot be used; look at the \
+                           agent's log which they are";
+            Blocker::set(BlockerReason::StoreUnavailable, message)
+        })
+    }
+
     /// The store of this name.
     pub fn place(&self, name: &StoreName) -> Result<&Place, Refusal> {
         self.stores.get(Some(name)).ok_or_else(|| Refusal::StoreNotFound(name.clone()))
@@ -83,11 +93,20 @@ impl Core {
     pub async fn stored(&self, name: &CheckpointName) -> Result<(Checkpoint, About), Refusal> {
         let failed = |error| Refusal::Store { at: name.to_string(), error: Box::new(error) };
         let place = self.place(&name.store())?;
+        // Looked at before the store: it is forgotten only after the store has taken it.
+        let owed = self.stores.debts().of(name);
+        if owed == Some(Owed::Discard) {
+            return Err(Refusal::CheckpointNotFound(name.clone()));
+        }
         // What is no id is no checkpoint.
         let id: CheckpointId = name.id().parse().map_err(|_| Refusal::CheckpointNotFound(name.clone()))?;
-        let checkpoint = place.open().await.map_err(failed)?.get(id).await.map_err(|error| {
+        let mut checkpoint = place.open().await.map_err(failed)?.get(id).await.map_err(|error| {
             if error.is_not_found() { Refusal::CheckpointNotFound(name.clone()) } else { failed(error) }
         })?;
+        if owed == Some(Owed::Inconsistent) {
+            checkpoint.is_inconsistent = true;
+            self.stores.debts().nudge();
+        }
         let about = about(name, &checkpoint.manifest.about)?;
         Ok((checkpoint, about))
     }

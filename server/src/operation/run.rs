@@ -119,7 +119,12 @@ pub(super) async fn run(
 }
 
 /// Opens the way. Nothing has been touched meanwhile, nor where it fails.
-async fn open(core: &Core, entry: &Arc<Entry>, way: Way, manifest: &Manifest) -> Result<Opened, Box<End>> {
+async fn open(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    way: Way,
+    manifest: &Manifest,
+) -> Result<Opened, Box<End>> {
     match way {
         Way::Stream(arrival) => match attached(core, entry, arrival).await {
             Ok(attached) => Ok(Opened::Stream(attached)),
@@ -135,7 +140,7 @@ async fn open(core: &Core, entry: &Arc<Entry>, way: Way, manifest: &Manifest) ->
                 why = entry.signals.cancelled() => return Err(end::never_begun(&why).into()),
                 writer = store.begin(begin) => writer.map_err(|error| end::not_stored(&error))?,
             };
-            Ok(Opened::IntoStore(StoreSink::new(store, writer, about, Arc::clone(entry)).into()))
+            Ok(Opened::IntoStore(StoreSink::new(Arc::clone(core), writer, about, Arc::clone(entry)).into()))
         }
         Way::OutOfStore { checkpoint, about } => {
             Ok(Opened::OutOfStore(StoreSource::new(*checkpoint, *about, Arc::clone(entry)).into()))
@@ -274,6 +279,7 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     let (record, changes) = ended.settle(core, entry, &lease);
     core.commit_surely(changes.clone()).await;
     end::take_over_records(core, &changes);
+    core.stores.debts().recorded(&changes);
     tracing::info!(
         result = ?record.result,
         outcome = ?record.outcome,

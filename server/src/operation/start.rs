@@ -23,7 +23,7 @@ use super::kept::{Asked, Kept, Restorable, make_room};
 use super::record::{AfterRecord, JobRecord, OccupantRecord, OperationDeviceRecord, RecordedStep};
 use super::run::{self, Way};
 use crate::core::Core;
-use crate::journal::{Change, RequestAnswer, RequestKey, RequestRecord};
+use crate::journal::{Change, DeviceRecord, PastRecord, RequestAnswer, RequestKey, RequestRecord};
 use crate::registry::opening::new_logical;
 use crate::registry::{DeviceView, Lease, Slot};
 use crate::rpc::Refusal;
@@ -73,6 +73,7 @@ impl Core {
             Some(place) => make_room(place, prediction.total.bytes(), &mut blockers).await,
             None => None,
         };
+        blockers.extend(target.and_then(|_| self.owes_too_much()));
         blockers.extend(found.missing.iter().cloned());
         blockers.extend(self.busy());
         let waits = Waits::of(&spec);
@@ -153,7 +154,10 @@ impl Core {
         }
         let Restorable { manifest, way, mut blockers } = self.restorable(&spec).await?;
         let found = self.look(&spec.devices).await;
-        let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()));
+        // Until it is admitted nobody knows of it, and of one state only one restore is.
+        let _one_after_another = self.operations.admit_restore().await;
+        let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()))
+            .and_arriving(&self.operations.active());
         let (in_the_way, plan) =
             admission::restore(&found.views, &spec, &manifest, &whereabouts, self.bounds());
         blockers.extend(in_the_way);
@@ -359,10 +363,26 @@ impl Core {
         Ok((entry, lease, arrival))
     }
 
+    /// The record of a device that is about to carry restored state. What was discarded once and lives again is noted: from
+    /// here on that it was discarded says nothing of where it runs.
+    pub(super) fn back_to_life(&self, record: DeviceRecord) -> DeviceRecord {
+        let mut all = self.registry.all().filter_map(|slot| slot.view().record);
+        if !all.any(|other| other.past.iter().any(|past| past.logical == record.logical)) {
+            return record;
+        }
+        let (logical, epoch) = (record.logical.clone(), record.epoch);
+        record.with_past(PastRecord { logical, epoch, runs_nowhere: false })
+    }
+
     /// The epoch under which a logical device runs next: higher than any that this agent has seen of it.
     fn next_epoch(&self, logical: &LogicalDeviceId, stated: Epoch) -> Epoch {
         let here = self.registry.all().filter_map(|slot| slot.view().record);
         let highest = here
+            .flat_map(|record| {
+                let lives = OccupantRecord { logical: record.logical, epoch: record.epoch };
+                let past = record.past.into_iter();
+                past.map(|past| OccupantRecord { logical: past.logical, epoch: past.epoch }).chain([lives])
+            })
             .filter(|record| record.logical == *logical)
             .map(|record| record.epoch)
             .fold(stated, Ord::max);

@@ -18,6 +18,8 @@ pub struct Operations {
     tables: Mutex<Tables>,
     /// How many are running.
     running: watch::Sender<usize>,
+    /// Held while a restore is looked at and admitted, so that two of one state cannot both find that nobody has it.
+    restores: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -39,7 +41,16 @@ impl Operations {
             entries.into_iter().map(|entry| (entry.fixed.name.clone(), entry)).collect();
         let running = entries.values().filter(|entry| !entry.is_done()).count();
         let tables = Tables { entries, requests: requests.into_iter().collect(), locks: BTreeMap::new() };
-        Self { tables: Mutex::new(tables), running: watch::Sender::new(running) }
+        Self {
+            tables: Mutex::new(tables),
+            running: watch::Sender::new(running),
+            restores: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Waits for its turn to admit a restore, which is over with what it returns.
+    pub async fn admit_restore(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.restores.lock().await
     }
 
     /// The operation of this name.

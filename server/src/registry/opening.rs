@@ -185,7 +185,9 @@ impl Opener {
                 stands(chain(&error))
             })?;
         // Opening resets: whatever lived here is gone. A quarantine was about what was gone with it.
-        let record = self.new_record(before.and_then(|before| before.rate_bytes_per_second));
+        let new = self.new_record(before.and_then(|before| before.rate_bytes_per_second));
+        let past = before.map(|before| before.past.clone()).unwrap_or_default();
+        let record = DeviceRecord { past, ..new };
         self.take_in(slot, opened, record).await.map_err(Standing::Unavailable)
     }
 
@@ -247,6 +249,7 @@ impl Opener {
             rate_bytes_per_second,
             quarantined: false,
             left_stopped: false,
+            past: Vec::new(),
         }
     }
 }

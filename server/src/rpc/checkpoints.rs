@@ -4,9 +4,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Extensions, Request, Response, Status, Streaming};
 use vfio_checkpoint_client::transfer::{Link, LinkError};
 use vfio_checkpoint_proto::digest::body_digest;
 use vfio_checkpoint_proto::domain::{RestoreSpec, SaveRequestSpec, StreamOpen, StreamRole, operation_name};
@@ -24,7 +25,7 @@ use crate::security::authorize::Caller;
 use crate::security::peers::PeerInfo;
 use crate::security::roles::Role;
 use crate::telemetry;
-use crate::transfer::Attached;
+use crate::transfer::{Agreement, Attached};
 
 /// How long the first message of a stream may take.
 const OPEN_WITHIN: Duration = Duration::from_secs(10);
@@ -72,11 +73,11 @@ impl Checkpoints {
         &self,
         caller: &Caller,
         peer: Option<PeerInfo>,
-        mut incoming: Streaming<v1::StreamStateRequest>,
+        mut incoming: impl Stream<Item = Result<v1::StreamMessage, Status>> + Send + Unpin + 'static,
         operation: &mut String,
-    ) -> Result<Pin<Box<dyn Stream<Item = Result<v1::StreamStateResponse, Status>> + Send>>, Refusal> {
+    ) -> Result<mpsc::Receiver<v1::StreamMessage>, Refusal> {
         let first = tokio::select! {
-            first = incoming.message() => first,
+            first = incoming.next() => first.transpose(),
             () = self.core.environment.sleep(OPEN_WITHIN) => {
                 let within = humantime::format_duration(OPEN_WITHIN);
                 return Err(Refusal::StreamOpen(format!("no StreamOpen came within {within}")));
@@ -84,7 +85,7 @@ impl Checkpoints {
         };
         let first = first
             .map_err(|status| Refusal::StreamOpen(format!("no StreamOpen came: {}", status.message())))?;
-        let kind = first.and_then(|request| request.message).and_then(|message| message.kind);
+        let kind = first.and_then(|message| message.kind);
         let Some(Kind::Open(wire)) = kind else {
             return Err(Refusal::StreamOpen("the first message of a stream has to be StreamOpen".to_owned()));
         };
@@ -107,21 +108,36 @@ impl Checkpoints {
         let version = negotiate(VersionRange::OURS, open.versions)
             .map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
         let (outgoing, from_operation) = Link::outgoing_channel();
-        let incoming = incoming.map(move |request| match request {
-            Ok(request) => Ok(request.message.unwrap_or_default()),
+        let incoming = incoming.map(move |message| {
             // In words alone: the causes of a status are the internals of the connection, which say nothing to whoever
             // reads why an operation failed.
-            Err(status) => Err(LinkError::ended(match peer.as_ref().and_then(PeerInfo::cut_reason) {
-                Some(reason) => format!("this agent ended the caller's connection: {reason}"),
-                None => format!("the caller's stream failed: {}", status.message()),
-            })),
+            message.map_err(|status| {
+                LinkError::ended(match peer.as_ref().and_then(PeerInfo::cut_reason) {
+                    Some(reason) => format!("this agent ended the caller's connection: {reason}"),
+                    None => format!("the caller's stream failed: {}", status.message()),
+                })
+            })
         });
         let link = Link::new(incoming, outgoing.clone());
-        let attached = Attached { link, version, max_chunk_bytes: open.max_chunk_bytes, outgoing };
+        let terms = Agreement::Ours { version, max_chunk_bytes: open.max_chunk_bytes, outgoing };
+        let attached = Attached { link, terms };
         entry.attach(attached).map_err(|refused| Refusal::Operation { operation: name, refused })?;
-        let messages = ReceiverStream::new(from_operation)
-            .map(|message| Ok(v1::StreamStateResponse { message: Some(message) }));
-        Ok(Box::pin(messages))
+        Ok(from_operation)
+    }
+
+    /// Opens the stream that `incoming` asks for, of a caller whose connection these extensions describe: what is to be
+    /// sent, message by message.
+    pub(super) async fn stream(
+        &self,
+        extensions: &Extensions,
+        incoming: impl Stream<Item = Result<v1::StreamMessage, Status>> + Send + Unpin + 'static,
+    ) -> Result<mpsc::Receiver<v1::StreamMessage>, Status> {
+        let caller = caller(extensions)?;
+        let mut operation = String::new();
+        let peer = extensions.get::<PeerInfo>().cloned();
+        let attached = self.attach(&caller, peer, incoming, &mut operation).await;
+        audit(&caller, "StreamState", &operation, &attached);
+        Ok(attached?)
     }
 }
 
@@ -168,12 +184,13 @@ impl CheckpointService for Checkpoints {
         &self,
         request: Request<Streaming<v1::StreamStateRequest>>,
     ) -> Result<Response<Self::StreamStateStream>, Status> {
-        let caller = caller(request.extensions())?;
-        let mut operation = String::new();
-        let peer = request.extensions().get::<PeerInfo>().cloned();
-        let attached = self.attach(&caller, peer, request.into_inner(), &mut operation).await;
-        audit(&caller, "StreamState", &operation, &attached);
-        Ok(Response::new(attached?))
+        // Reached only where the generated server is used without `Bulk`, which copies less.
+        let (_, extensions, incoming) = request.into_parts();
+        let incoming = incoming.map(|request| Ok(request?.message.unwrap_or_default()));
+        let queue = self.stream(&extensions, incoming).await?;
+        let messages =
+            ReceiverStream::new(queue).map(|message| Ok(v1::StreamStateResponse { message: Some(message) }));
+        Ok(Response::new(Box::pin(messages)))
     }
 
     async fn restore(

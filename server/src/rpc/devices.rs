@@ -147,6 +147,7 @@ impl Core {
         };
         // What lived in the device is given up before it is reset: were the agent killed in between, nobody would take what
         // is left for it.
+        let lived = before.clone();
         let before = match spec.mode {
             ResetMode::KeepState => before,
             ResetMode::DiscardState => {
@@ -171,16 +172,14 @@ impl Core {
             Ok(Outcome::Preserved) => {
                 DeviceRecord { quarantined: false, left_stopped: false, ..before.clone() }
             }
-            Ok(Outcome::StateLost) if spec.mode == ResetMode::DiscardState => {
-                DeviceRecord { quarantined: false, left_stopped: false, ..before.clone() }
+            // From here on it is known that what lived here runs here no more.
+            Ok(Outcome::StateLost) => {
+                let new = match spec.mode {
+                    ResetMode::DiscardState => before.logical.clone(),
+                    ResetMode::KeepState => new_logical(&self.environment),
+                };
+                DeviceRecord { quarantined: false, left_stopped: false, ..lived.after_discard(new) }
             }
-            Ok(Outcome::StateLost) => DeviceRecord {
-                logical: new_logical(&self.environment),
-                epoch: Epoch(1),
-                quarantined: false,
-                left_stopped: false,
-                ..before.clone()
-            },
             Err((_, quarantined)) => {
                 DeviceRecord { quarantined: *quarantined || before.quarantined, ..before.clone() }
             }

@@ -7,6 +7,7 @@
 //! ```
 //! What a handler starts goes on where its caller hangs up: each change is a task of its own.
 
+mod bulk;
 mod checkpoints;
 mod devices;
 mod messages;
@@ -26,6 +27,7 @@ use vfio_checkpoint_proto::domain::Invalid;
 use vfio_checkpoint_proto::ids::OperationName;
 use vfio_checkpoint_proto::v1::ErrorReason;
 
+pub use bulk::Bulk;
 pub use checkpoints::Checkpoints;
 pub use devices::Devices;
 pub(crate) use messages::phase as wire_phase;

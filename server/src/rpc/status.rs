@@ -259,6 +259,7 @@ fn store(error: &StoreError) -> (Code, ErrorReason) {
             (Code::Unavailable, ErrorReason::StoreUnavailable)
         }
         StoreError::Foreign { .. }
+        | StoreError::Missing { .. }
         | StoreError::NotRegular { .. }
         | StoreError::TooLarge { .. }
         | StoreError::Invalid { .. }

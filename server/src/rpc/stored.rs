@@ -15,10 +15,10 @@ use vfio_checkpoint_store::{CheckpointId, Listed, Manifest};
 
 use super::{Refusal, messages};
 use crate::core::Core;
+use crate::journal::Owed;
 use crate::operation::about;
 use crate::security::authorize::Caller;
 use crate::security::roles::Role;
-use crate::stores::Place;
 
 /// A verification says how far it is after so many bytes.
 const PROGRESS_BYTES: u64 = 64 << 20;
@@ -47,27 +47,35 @@ pub(super) async fn list(
         None => None,
     };
     let failed = |error| Refusal::Store { at: place.name().to_string(), error: Box::new(error) };
+    let owed = core.stores.debts().of_store(place.name());
     let store = place.open().await.map_err(failed)?;
     let page = store.list(before, query.page.size).await.map_err(failed)?;
     let mut checkpoints = Vec::with_capacity(page.checkpoints.len());
+    if !owed.is_empty() {
+        core.stores.debts().nudge();
+    }
     for listed in &page.checkpoints {
-        checkpoints.push(shown(place, listed)?);
+        let name = place.checkpoint(listed.id).map_err(|error| Refusal::invalid("name", error))?;
+        match owed.get(&name) {
+            Some(Owed::Discard) => {}
+            Some(Owed::Inconsistent) => checkpoints.push(shown(&name, listed, true)),
+            None => checkpoints.push(shown(&name, listed, listed.is_inconsistent)),
+        }
     }
     let next_page_token = page.next.map(|id| id.to_string()).unwrap_or_default();
     Ok(v1::ListCheckpointsResponse { checkpoints, next_page_token })
 }
 
 /// What cannot be read is shown too: somebody has to delete it.
-fn shown(place: &Place, listed: &Listed) -> Result<v1::Checkpoint, Refusal> {
-    let name = place.checkpoint(listed.id).map_err(|error| Refusal::invalid("name", error))?;
+fn shown(name: &CheckpointName, listed: &Listed, is_inconsistent: bool) -> v1::Checkpoint {
     let read = match &listed.manifest {
-        Ok(manifest) => read(&name, manifest).map_err(|refusal| refusal.to_string()),
+        Ok(manifest) => read(name, manifest).map_err(|refusal| refusal.to_string()),
         Err(damage) => Err(damage.clone()),
     };
-    Ok(match read {
-        Ok((manifest, about)) => messages::checkpoint(&name, manifest, &about, listed.is_inconsistent),
+    match read {
+        Ok((manifest, about)) => messages::checkpoint(name, manifest, &about, is_inconsistent),
         Err(damage) => v1::Checkpoint { name: name.to_string(), damage, ..v1::Checkpoint::default() },
-    })
+    }
 }
 
 fn read<'a>(name: &CheckpointName, manifest: &'a Manifest) -> Result<(&'a Manifest, About), Refusal> {
@@ -83,6 +91,9 @@ pub(super) async fn delete(core: &Core, name: &str, caller: &Caller) -> Result<(
         if about.caller != caller.identity.to_string() {
             return Err(Refusal::NotYourCheckpoint(name));
         }
+    }
+    if core.stores.debts().of(&name) == Some(Owed::Discard) {
+        return Err(Refusal::CheckpointNotFound(name));
     }
     let failed = |error| Refusal::Store { at: name.to_string(), error: Box::new(error) };
     let id = name.id().parse().map_err(|_| Refusal::CheckpointNotFound(name.clone()))?;

@@ -38,6 +38,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 use tracing::warn;
+use vfio_checkpoint_client::socket::{Socket, socket, write_in_large_steps};
 
 use super::peers::{ConnectionGuard, CutReason, PeerInfo, PeerRegistry, RefusedPeer};
 use super::reload::{TlsSource, chain_of};
@@ -239,13 +240,13 @@ async fn handshake(
     registry: &PeerRegistry,
     timeout: Duration,
 ) -> Result<TlsConnection, HandshakeError> {
-    // Frames are written whole; waiting for more would only delay them.
-    tcp.set_nodelay(true).map_err(|source| HandshakeError::Tls { source })?;
+    let socket = socket(tcp).map_err(|source| HandshakeError::Tls { source })?;
     let acceptor = TlsAcceptor::from(Arc::clone(&source.current().server));
-    let stream = tokio::time::timeout(timeout, acceptor.accept(tcp))
+    let mut stream = tokio::time::timeout(timeout, acceptor.accept(socket))
         .await
         .map_err(|_elapsed| HandshakeError::TimedOut { timeout_ms: timeout.as_millis() })?
         .map_err(|source| HandshakeError::Tls { source })?;
+    write_in_large_steps(stream.get_mut().1);
     let chain: Vec<_> = stream
         .get_ref()
         .1
@@ -267,7 +268,7 @@ async fn handshake(
 
 /// A connection whose peer is known, until it is cut.
 pub struct TlsConnection {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Socket>,
     guard: ConnectionGuard,
     /// One for each direction: the two may wait in different tasks, and each has to be woken.
     cut_for_reader: BoxFuture<'static, CutReason>,

@@ -17,7 +17,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
-use vfio_checkpoint_client::transfer::{Link, Terms, TransferError};
+use vfio_checkpoint_client::transfer::{Dialed, Link, Terms, TransferError};
 use vfio_checkpoint_device::{ConfigCapture, InterruptKind, PciCommand, Rearm};
 use vfio_checkpoint_proto::domain::{
     self, ArmedInterrupts, ConfigSpaceCapture, Manifest, StreamLimits, StreamOpened,
@@ -40,36 +40,61 @@ use crate::config::AgentConfig;
 /// How much may be under way before the taker says that it has it. Coarse: it serves progress.
 const ACK_INTERVAL_BYTES: u64 = 8 << 20;
 
-/// An open stream whose caller was found to be the right one, before the agent's `StreamOpened`.
+/// The open stream of an operation.
 #[derive(Debug)]
 pub struct Attached {
     /// Its two directions.
     pub link: Link,
-    /// The version that both speak.
-    pub version: Version,
-    /// The longest chunk that the caller takes.
-    pub max_chunk_bytes: Option<u32>,
-    /// The outgoing direction once more, for the answer.
-    pub outgoing: mpsc::Sender<StreamMessage>,
+    /// Who says what may be sent.
+    pub terms: Agreement,
+}
+
+/// Who says what may be sent on a stream: whoever was called.
+#[derive(Debug)]
+pub enum Agreement {
+    /// This agent, whose answer is still owed to the caller.
+    Ours {
+        /// The version that both speak.
+        version: Version,
+        /// The longest chunk that the caller takes.
+        max_chunk_bytes: Option<u32>,
+        /// The outgoing direction once more, for the answer.
+        outgoing: mpsc::Sender<StreamMessage>,
+    },
+    /// The peer that this agent called, and it has said so.
+    Theirs(Terms),
 }
 
 impl Attached {
-    /// Answers `StreamOpen`, and agrees on the terms of a stream with these devices.
+    /// The stream of a peer that this agent called.
+    pub fn dialed(dialed: Dialed) -> Self {
+        let Dialed { opened, link } = dialed;
+        let StreamOpened { version: _, stream_id, manifest, limits } = opened;
+        let terms = Terms { stream: stream_id, devices: manifest.devices.len(), limits };
+        Self { link, terms: Agreement::Theirs(terms) }
+    }
+
+    /// Agrees on the terms of a stream with these devices; a caller gets its answer.
     pub async fn open(self, config: &AgentConfig, stream: StreamId, manifest: Manifest) -> (Link, Terms) {
+        let Self { link, terms } = self;
+        let (version, max_chunk_bytes, outgoing) = match terms {
+            Agreement::Theirs(terms) => return (link, terms),
+            Agreement::Ours { version, max_chunk_bytes, outgoing } => (version, max_chunk_bytes, outgoing),
+        };
         let ours = config.limits.max_chunk_bytes;
         let limits = StreamLimits {
-            max_chunk_bytes: self.max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
+            max_chunk_bytes: max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
             max_device_bytes: config.limits.max_device_bytes,
             idle_timeout: config.server.stream_idle_timeout,
             lifetime: config.server.stream_lifetime,
             ack_interval_bytes: ACK_INTERVAL_BYTES,
         };
         let devices = manifest.devices.len();
-        let opened = StreamOpened { version: self.version, stream_id: stream, manifest, limits };
+        let opened = StreamOpened { version, stream_id: stream, manifest, limits };
         let message = StreamMessage { kind: Some(Kind::Opened(opened.into())) };
         // Where the caller is gone already, the first use of the link finds out.
-        let _ = self.outgoing.send(message).await;
-        (self.link, Terms { stream, devices, limits })
+        let _ = outgoing.send(message).await;
+        (link, Terms { stream, devices, limits })
     }
 }
 
@@ -125,6 +150,7 @@ fn store_reason(error: &StoreError) -> FailureReason {
         StoreError::Unavailable { .. }
         | StoreError::NotRegular { .. }
         | StoreError::Foreign { .. }
+        | StoreError::Missing { .. }
         | StoreError::Revoked { .. }
         | StoreError::TooLarge { .. }
         | StoreError::Invalid { .. }

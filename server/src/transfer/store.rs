@@ -10,16 +10,18 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::task::JoinHandle;
 use vfio_checkpoint_client::document::{About, Config};
 use vfio_checkpoint_device::operation::{Arrival, BoxError, Owner, StateSink, StateSource};
 use vfio_checkpoint_device::{ConfigCapture, Rearm};
 use vfio_checkpoint_proto::ids::CheckpointName;
 use vfio_checkpoint_seal::Verifier;
-use vfio_checkpoint_store::{Checkpoint, CheckpointId, Reader, Store, StoreError, Writer};
+use vfio_checkpoint_store::{Checkpoint, Manifest, Reader, StoreError, Writer};
 
 use super::{capture_from_wire, capture_to_wire};
 use crate::core::Core;
 use crate::failpoint::reached;
+use crate::journal::Owed;
 use crate::operation::Entry;
 
 /// The longest piece that is given to a device at once. Chunks in a store may be longer.
@@ -28,17 +30,18 @@ const PIECE_BYTES: usize = 1 << 20;
 /// Takes the state of an operation's devices and keeps it in a store.
 #[derive(Debug)]
 pub struct StoreSink {
-    store: Store,
-    id: CheckpointId,
+    core: Arc<Core>,
     writer: Option<Writer>,
+    /// The commit goes on also where nobody waits for it any more: what is discarded must not come about afterwards.
+    commit: Option<JoinHandle<Result<Manifest, StoreError>>>,
     about: About,
     entry: Arc<Entry>,
 }
 
 impl StoreSink {
     /// A sink for the operation `entry`, whose checkpoint `writer` makes.
-    pub fn new(store: Store, writer: Writer, about: About, entry: Arc<Entry>) -> Self {
-        Self { store, id: writer.id(), writer: Some(writer), about, entry }
+    pub fn new(core: Arc<Core>, writer: Writer, about: About, entry: Arc<Entry>) -> Self {
+        Self { core, writer: Some(writer), commit: None, about, entry }
     }
 
     /// Removes what it has put into the store, unless a checkpoint was made of it.
@@ -70,7 +73,8 @@ impl StateSink for StoreSink {
         self.about.config = config.collect::<Result<_, _>>()?;
         let about = serde_json::to_value(&self.about)?;
         let Some(writer) = self.writer.take() else { return Err("the checkpoint was sealed before".into()) };
-        let manifest = writer.commit(about).await?;
+        let commit = self.commit.insert(tokio::spawn(writer.commit(about)));
+        let manifest = commit.await??;
         reached(format_args!("checkpoint committed"));
         tracing::info!(
             checkpoint = %manifest.id,
@@ -83,14 +87,20 @@ impl StateSink for StoreSink {
     }
 
     async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
-        Ok(self.store.mark_inconsistent(self.id).await?)
+        settle(&self.core, self.entry.fixed.checkpoint.as_ref(), Owed::Inconsistent).await;
+        Ok(())
     }
 
     async fn discard(&mut self) -> Result<(), BoxError> {
-        match self.writer.take() {
-            Some(writer) => writer.abort().await,
-            None => discard(&self.store, self.id).await?,
+        if let Some(writer) = self.writer.take() {
+            writer.abort().await;
+            return Ok(());
         }
+        if let Some(commit) = self.commit.take().filter(|commit| !commit.is_finished()) {
+            // However it ends: what it leaves is deleted.
+            let _ = commit.await;
+        }
+        settle(&self.core, self.entry.fixed.checkpoint.as_ref(), Owed::Discard).await;
         Ok(())
     }
 }
@@ -146,11 +156,10 @@ impl StateSource for StoreSource {
     }
 }
 
-async fn discard(store: &Store, id: CheckpointId) -> Result<(), BoxError> {
-    match store.delete(id).await {
-        // It may never have been committed. What was uploaded is left to the collector.
-        Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
-        Err(error) => Err(error.into()),
+/// Does it, or owes it. What the store did not take is on record with the operation's next step.
+async fn settle(core: &Core, checkpoint: Option<&CheckpointName>, owed: Owed) {
+    if let Some(name) = checkpoint {
+        core.stores.settle(name, owed).await;
     }
 }
 
@@ -164,15 +173,6 @@ pub struct LeftBehind {
     pub checkpoint: Option<CheckpointName>,
 }
 
-impl LeftBehind {
-    async fn store(&self) -> Result<Option<(&Store, CheckpointId)>, BoxError> {
-        let Some(name) = &self.checkpoint else { return Ok(None) };
-        let place = self.core.stores.get(Some(&name.store()));
-        let place = place.ok_or_else(|| format!("{} is not configured any more", name.store()))?;
-        Ok(Some((place.open().await?, name.id().parse()?)))
-    }
-}
-
 impl StateSink for LeftBehind {
     async fn chunk(&mut self, _device: usize, _bytes: Bytes) -> Result<(), BoxError> {
         Err("a stream does not survive the agent".into())
@@ -184,17 +184,13 @@ impl StateSink for LeftBehind {
 
     /// Of what went over a stream the mark is in the journal.
     async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
-        match self.store().await? {
-            Some((store, id)) => Ok(store.mark_inconsistent(id).await?),
-            None => Ok(()),
-        }
+        settle(&self.core, self.checkpoint.as_ref(), Owed::Inconsistent).await;
+        Ok(())
     }
 
     async fn discard(&mut self) -> Result<(), BoxError> {
-        match self.store().await? {
-            Some((store, id)) => discard(store, id).await,
-            None => Ok(()),
-        }
+        settle(&self.core, self.checkpoint.as_ref(), Owed::Discard).await;
+        Ok(())
     }
 }
 

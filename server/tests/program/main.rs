@@ -21,7 +21,7 @@ fn said(output: &Output) -> String {
 
 #[test]
 fn the_demo_proves_what_it_shows() {
-    let output = run(&["demo", "--json", "--memory", "8MiB", "--dirty", "64KiB"]);
+    let output = run(&["demo", "--json", "--memory", "8MiB", "--dirty", "64MiB", "--hot", "1MiB"]);
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     let report: serde_json::Value =
         serde_json::from_slice(&output.stdout).expect("one document, and nothing else");
@@ -36,7 +36,7 @@ fn the_demo_proves_what_it_shows() {
 
 #[test]
 fn the_demo_tells_people_the_same() {
-    let output = run(&["demo", "--memory", "1MiB", "--dirty", "0"]);
+    let output = run(&["demo", "--memory", "1MiB", "--dirty", "0", "--hot", "1MiB"]);
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(

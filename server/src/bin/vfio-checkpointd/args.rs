@@ -78,6 +78,9 @@ pub(crate) struct Demo {
     /// How much of it a busy workload changes in a second
     #[arg(long, value_name = "SIZE", default_value = "50MiB")]
     pub(crate) dirty: String,
+    /// How large the part of it is that the workload writes to; no larger than the memory
+    #[arg(long, value_name = "SIZE", default_value = "8MiB")]
+    pub(crate) hot: String,
     /// What the agents log, by the filter of tracing
     #[arg(long, value_name = "FILTER", default_value = "error")]
     pub(crate) log: String,

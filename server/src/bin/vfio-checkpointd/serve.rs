@@ -7,7 +7,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use vfio_checkpoint_server::config::{AgentConfig, ConfigError};
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::security::roles::Policy;
-use vfio_checkpoint_server::serve::{Agent, ServeError};
+use vfio_checkpoint_server::serve::{Agent, ServeError, runtime};
 use vfio_checkpoint_server::telemetry;
 
 use crate::args::Serve;
@@ -25,7 +25,7 @@ pub(crate) fn run(arguments: Serve) -> ExitStatus {
         complain("serve", &error);
         return ExitStatus::Blocked;
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match runtime(config.server.worker_threads) {
         Ok(runtime) => runtime,
         Err(error) => {
             complain("serve", &error);

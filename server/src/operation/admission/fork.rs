@@ -6,38 +6,65 @@
 //! ```text
 //!   the target itself carries the logical device                 it is replaced: no fork
 //!   another device of this agent carries it, and runs             a fork
+//!   it is on its way into another device of this agent           a fork
+//!   this agent discarded it, as new as the checkpoint or newer     no fork
 //!   the source was left running, and it is not known where         a fork
 //!   the source was left stopped, and does not run here            no fork
 //! ```
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::domain::{DeviceManifest, SourceDisposition};
-use vfio_checkpoint_proto::ids::{DeviceName, LogicalDeviceId};
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId};
 use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::Blocker;
+use crate::operation::Entry;
+use crate::operation::record::JobRecord;
 use crate::registry::DeviceView;
 
 /// Where logical devices are on this agent, and whether they stand still there.
 #[derive(Debug, Default)]
 pub struct Whereabouts {
     here: BTreeMap<LogicalDeviceId, Vec<(DeviceName, bool)>>,
+    /// What was discarded by a reset, or lived again after that: its last epoch, and whether it runs nowhere.
+    past: BTreeMap<LogicalDeviceId, (Epoch, bool)>,
 }
 
 impl Whereabouts {
     /// Of all of the agent's devices, as they were read back last.
     pub fn of(views: impl IntoIterator<Item = DeviceView>) -> Self {
         let mut here: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        let mut past: BTreeMap<LogicalDeviceId, (Epoch, bool)> = BTreeMap::new();
         for view in views {
             let Some(record) = view.record else { continue };
             // What an operation stopped for its own sake is about to run again.
             let stands =
                 view.lease.is_none() && matches!(view.state, Some((State::Stop | State::StopCopy, _)));
+            for one in record.past {
+                let last = past.entry(one.logical).or_insert((one.epoch, one.runs_nowhere));
+                if one.epoch > last.0 {
+                    *last = (one.epoch, one.runs_nowhere);
+                } else if one.epoch == last.0 {
+                    // The same life, which ended in one of two devices: the one that knows less.
+                    last.1 &= one.runs_nowhere;
+                }
+            }
             here.entry(record.logical).or_default().push((view.name, stands));
         }
-        Self { here }
+        Self { here, past }
+    }
+
+    /// And of what is on its way into a device: it runs there as soon as it is whole.
+    #[must_use]
+    pub fn and_arriving(mut self, operations: &[Arc<Entry>]) -> Self {
+        let restores = operations.iter().filter(|entry| matches!(entry.fixed.job, JobRecord::Restore { .. }));
+        for device in restores.flat_map(|entry| &entry.fixed.devices) {
+            self.here.entry(device.logical.clone()).or_default().push((device.device.clone(), false));
+        }
+        self
     }
 
     /// What is in the way of restoring this state onto `target`.
@@ -56,6 +83,10 @@ impl Whereabouts {
             return blocked(format!("the state is of logical device {id}, which runs in {other}"));
         }
         if here.iter().any(|(name, _)| name == target) {
+            return None;
+        }
+        let stated = device.logical_device.epoch;
+        if self.past.get(id).is_some_and(|(epoch, runs_nowhere)| *runs_nowhere && *epoch >= stated) {
             return None;
         }
         match disposition {

@@ -18,17 +18,20 @@ const PATIENCE: Duration = Duration::from_mins(10);
 
 pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report, Failure> {
     let folder = tempfile::tempdir()?;
-    let Demo { memory, dirty, .. } = arguments;
+    let Demo { memory, dirty, hot, .. } = arguments;
     audience.step("two agents on loopback, with a throwaway certificate authority and mutual TLS 1.3");
     let lab = Lab::new()?;
-    let source =
-        lab.node("node-a", folder.path(), &format!("sim:seed=7,memory={memory},dirty={dirty}")).await?;
+    let source = lab
+        .node("node-a", folder.path(), &format!("sim:seed=7,memory={memory},dirty={dirty},hot={hot}"))
+        .await?;
     let destination = lab.node("node-b", folder.path(), &format!("sim:seed=8,memory={memory}")).await?;
     let (from, to) = (list(audience, &source).await?, list(audience, &destination).await?);
 
     audience.step(&format!("save {DEVICE} of {} into the store of both, while it runs", source.name));
     let save = save_device(audience, &source, v1::AfterSave::Resume).await?;
-    audience.step("save it once more: what the store has is not stored again; the device stays stopped then");
+    audience.step(
+        "save it once more: what its last checkpoint has is not stored again; the device stays stopped then",
+    );
     let incremental = save_device(audience, &source, v1::AfterSave::StayStopped).await?;
     let source_digest = source.digest()?;
     let restore = restore_device(audience, &destination, &incremental.checkpoint).await?;
