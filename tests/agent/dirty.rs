@@ -87,19 +87,21 @@ async fn what_cannot_be_tracked_is_told() {
     let saver = lab.client(&agent, "saver").await;
     let begin = |request| saver.start_dirty_tracking(request);
     refused_field(
-        begin(v1::StartDirtyTrackingRequest { page_bytes: 0, ..from("nic0", &[]) }).await,
+        begin(v1::StartDirtyTrackingRequest { page_bytes: 0, ..from("nic0", &[(0, PAGE)]) }).await,
         "page_bytes",
     );
     refused_field(
-        begin(v1::StartDirtyTrackingRequest { page_bytes: 3, ..from("nic0", &[]) }).await,
+        begin(v1::StartDirtyTrackingRequest { page_bytes: 3, ..from("nic0", &[(0, PAGE)]) }).await,
         "page_bytes",
     );
+    // The kernel refuses it, and so does a device that is none of the kernel's.
+    refused_field(begin(from("nic0", &[])).await, "ranges");
     refused_field(begin(from("nic0", &[(0, 2 * PAGE), (PAGE, PAGE)])).await, "ranges");
     refused_field(begin(from("nic0", &vec![(0, PAGE); 1025])).await, "ranges");
     refused_field(begin(from("nic0", &[(0, PAGE), (PAGE, 0)])).await, "ranges[1].length_bytes");
     refused_field(begin(from("nic0", &[(u64::MAX, 2)])).await, "ranges[0].length_bytes");
-    refused_field(begin(from("", &[])).await, "name");
-    refused(begin(from("nic9", &[])).await, Code::NotFound, "DEVICE_NOT_FOUND");
+    refused_field(begin(from("", &[(0, PAGE)])).await, "name");
+    refused(begin(from("nic9", &[(0, PAGE)])).await, Code::NotFound, "DEVICE_NOT_FOUND");
 
     let read = |request| saver.report_dirty_pages(request);
     refused_field(read(v1::ReportDirtyPagesRequest { range: None, ..of("nic0", 0, PAGE) }).await, "range");

@@ -12,17 +12,22 @@
 )]
 
 mod blockers;
+mod bodies;
 mod devices;
 mod dirty;
+mod discarded;
 mod ending;
 #[allow(dead_code, reason = "shared with the tests that kill agents")]
 mod faulty;
 mod flow;
+mod full;
 mod idempotency;
 mod journal;
 mod lab;
 mod limits;
+mod listing;
 mod operations;
+mod owed;
 mod reasons;
 mod restores;
 mod roles;

@@ -23,17 +23,17 @@ const SIM: &str = "sim:seed=1,memory=2MiB";
 type Checkpoints = CheckpointServiceClient<Channel>;
 
 /// An agent with devices and its own store.
-struct Case {
+pub(crate) struct Case {
     lab: Lab,
     agent: Agent,
-    saver: Client,
+    pub(crate) saver: Client,
     restorer: Client,
     /// Its checkpoints, as a saver sees them.
-    checkpoints: Checkpoints,
+    pub(crate) checkpoints: Checkpoints,
 }
 
 impl Case {
-    async fn new(devices: &[(&str, &str)]) -> Self {
+    pub(crate) async fn new(devices: &[(&str, &str)]) -> Self {
         let lab = Lab::new();
         let config = lab.config("a", devices);
         Self::of(lab, config).await
@@ -47,7 +47,7 @@ impl Case {
     }
 
     /// Saves devices to the store, to the end of it.
-    async fn save(&self, devices: &[&str]) -> v1::Operation {
+    pub(crate) async fn save(&self, devices: &[&str]) -> v1::Operation {
         let operation = start_save(&self.saver, into_store(devices)).await;
         let ended = done(&self.saver, &operation).await;
         assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
@@ -64,7 +64,7 @@ impl Case {
         Ok(self.checkpoints.clone().get_checkpoint(request).await?.into_inner().checkpoint.unwrap())
     }
 
-    fn store(&self) -> PathBuf {
+    pub(crate) fn store(&self) -> PathBuf {
         self.agent.core().config.node.state_dir.join("checkpoints")
     }
 }

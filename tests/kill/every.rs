@@ -38,7 +38,7 @@ impl Tally {
 /// Starts a job, kills the agent where it comes to `point`, and leaves it dead.
 pub(crate) async fn kill_at(world: &mut World, job: &Job, point: &str) {
     // A state is several chunks: the second is in the middle.
-    let times = if point == "chunk" { 2 } else { 1 };
+    let times = if matches!(point, "chunk" | "store: Uploaded") { 2 } else { 1 };
     world.arm(point, times).await;
     let driving = job.driven(world).await;
     world.stopped(point).await;
@@ -56,6 +56,8 @@ pub(crate) async fn check(world: &World, job: &Job, found: Found, kept: bool) ->
     // Without a holder only what had ended has not failed.
     let on_time = kept || found == Found::Ended;
     let ended = match (found, recorded) {
+        // One without a stream would run at once: its own tests begin it anew.
+        (Found::Nothing, None) if job.is_stored() => None,
         (Found::Nothing, None) => {
             never_was(&client, job, world).await;
             None
@@ -172,7 +174,7 @@ pub(crate) fn state_lost(found: Found, ended: &v1::Operation) {
 }
 
 /// What a job passes that nobody kills.
-async fn passed(world: &mut World, job: &Job) -> Vec<String> {
+pub(crate) async fn passed(world: &mut World, job: &Job) -> Vec<String> {
     world.arm("nothing", 1).await;
     let client = world.client().await;
     let ended = job.run(&client, world, Content::Other).await;

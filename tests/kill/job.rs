@@ -25,11 +25,22 @@ pub(crate) enum Kind {
     HeldRestore,
 }
 
+/// Where the state of a save goes, or that of a restore comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Way {
+    Stream,
+    IntoStore,
+    /// Out of this checkpoint.
+    OutOf(String),
+}
+
 /// An operation on the first `set` devices.
 #[derive(Debug, Clone)]
 pub(crate) struct Job {
     pub(crate) kind: Kind,
     pub(crate) set: usize,
+    way: Way,
+    allow_inconsistent: bool,
     request_id: String,
     hold_timeout: Option<prost_types::Duration>,
     /// Whether Resume is said as soon as it is held.
@@ -45,7 +56,35 @@ pub(crate) struct Saved {
 
 impl Job {
     pub(crate) fn new(kind: Kind, set: usize) -> Self {
-        Self { kind, set, request_id: new_request_id().unwrap(), hold_timeout: None, resumes: true }
+        Self {
+            kind,
+            set,
+            way: Way::Stream,
+            allow_inconsistent: false,
+            request_id: new_request_id().unwrap(),
+            hold_timeout: None,
+            resumes: true,
+        }
+    }
+
+    /// The checkpoint is made in the agent's store.
+    pub(crate) fn into_store(self) -> Self {
+        Self { way: Way::IntoStore, ..self }
+    }
+
+    /// What is restored is this checkpoint of the agent's store.
+    pub(crate) fn out_of(self, checkpoint: &str) -> Self {
+        Self { way: Way::OutOf(checkpoint.to_owned()), ..self }
+    }
+
+    /// Also where the checkpoint is marked inconsistent.
+    pub(crate) fn whatever_it_is_worth(self) -> Self {
+        Self { allow_inconsistent: true, ..self }
+    }
+
+    /// Whether it has no stream.
+    pub(crate) fn is_stored(&self) -> bool {
+        self.way != Way::Stream
     }
 
     pub(crate) fn save(set: usize) -> Self {
@@ -117,18 +156,27 @@ impl Job {
                 }
                 .into(),
                 hold_timeout: self.hold_timeout,
+                store: if self.is_stored() { "stores/local".to_owned() } else { String::new() },
                 request_id: self.request_id.clone(),
                 ..Default::default()
             };
             client.start_save(request).await?.operation
         } else {
-            let mut manifest = manifest.unwrap().clone();
-            manifest.devices.truncate(self.set);
+            let (checkpoint, manifest) = match &self.way {
+                Way::OutOf(checkpoint) => (checkpoint.clone(), None),
+                Way::Stream | Way::IntoStore => {
+                    let mut manifest = manifest.unwrap().clone();
+                    manifest.devices.truncate(self.set);
+                    (String::new(), Some(manifest))
+                }
+            };
             let after = if self.is_held() { v1::AfterRestore::Hold } else { v1::AfterRestore::Run };
             let request = v1::RestoreRequest {
                 devices: self.devices(),
-                manifest: Some(manifest),
+                checkpoint,
+                manifest,
                 allow_fork: true,
+                allow_inconsistent: self.allow_inconsistent,
                 after: after.into(),
                 hold_timeout: self.hold_timeout,
                 request_id: self.request_id.clone(),
@@ -148,7 +196,9 @@ impl Job {
     ) -> Result<v1::Operation, Broken> {
         let name = self.begin(client, manifest).await?.name;
         let stream = async {
-            if self.is_save() {
+            if self.is_stored() {
+                Ok(())
+            } else if self.is_save() {
                 take(client, &name).await.map(drop)
             } else {
                 give(client, &name, states).await
@@ -191,7 +241,7 @@ impl Job {
 
     /// The states that a restore brings, one for each device.
     pub(crate) fn states(&self, content: Content) -> Vec<Vec<u8>> {
-        if self.is_save() {
+        if self.is_save() || self.is_stored() {
             return Vec::new();
         }
         (0..self.set).map(|index| state(10 * content as usize + index + 1)).collect()

@@ -10,6 +10,7 @@
 //!   losses.rs    the holder, a device process or the time is lost as well
 //!   failing.rs   devices that fail on their way to RUNNING
 //!   resets.rs    the agent is killed while it resets a device
+//!   stored.rs    saves into the agent's store and restores out of it: no half checkpoint, nothing left behind
 //!   here.rs      the next agent is in this process, and not all that it works with works
 //!   programs.rs  the programs themselves
 //! ```
@@ -46,6 +47,7 @@ mod programs;
 mod recovery;
 mod resets;
 mod steps;
+mod stored;
 mod world;
 
 use std::io::Write as _;

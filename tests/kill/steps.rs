@@ -48,6 +48,23 @@ pub(crate) fn steps(kind: Kind, set: usize) -> Vec<Step> {
     steps
 }
 
+/// The steps of a save into a store. Of a restore out of one they are those of any other.
+pub(crate) fn steps_into_store(kind: Kind) -> Vec<Step> {
+    let steps = steps(kind, 1).into_iter().flat_map(|step| {
+        let also: &[Step] = match step.0 {
+            "after commit of ADMITTED" => &[("store: Reserved", Untouched), ("store: Intended", Untouched)],
+            "chunk" => &[("store: Uploaded", Undone)],
+            // Until the journal has the next step, nobody was told of the checkpoint.
+            "save: Sealing" => {
+                &[("store: Prepared", Undone), ("store: Created", Undone), ("checkpoint committed", Undone)]
+            }
+            _ => &[],
+        };
+        [step].into_iter().chain(also.iter().copied())
+    });
+    steps.collect()
+}
+
 fn save(kind: Kind, steps: &mut Vec<Step>) {
     if kind == Kind::PreCopySave {
         steps.extend([

@@ -249,6 +249,11 @@ impl World {
         AgentConfig::load(Some(&self.config), json!({})).unwrap()
     }
 
+    /// Where the agent has its store.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.config().node.state_dir.join("checkpoints")
+    }
+
     /// A client of an agent in this process.
     pub(crate) async fn client_of(&self, agent: &Agent) -> Client {
         self.lab.client(agent, "admin").await

@@ -2,7 +2,8 @@
 //! table here; anything else is a failure.
 //!
 //! ```text
-//!   seal, fsm <- device <- server    seal <- store <- client    seal <- proto <- client <- server    tests -> all
+//!   seal, fsm, drivers <- device <- server    seal <- proto <- client <- server    tests -> all
+//!   seal <- store, drivers <- vfioctl: the client's feature `cli`
 //! ```
 
 #![allow(
@@ -19,13 +20,22 @@ use std::process::Command;
 use serde_json::Value;
 
 /// For each crate of the workspace: the workspace crates it may depend on.
-const ALLOWED: [(&str, &[&str]); 8] = [
+const ALLOWED: [(&str, &[&str]); 9] = [
     ("vfio-checkpoint-seal", &[]),
     ("vfio-checkpoint-fsm", &[]),
-    ("vfio-checkpoint-device", &["vfio-checkpoint-fsm", "vfio-checkpoint-seal"]),
+    ("vfio-checkpoint-drivers", &[]),
+    ("vfio-checkpoint-device", &["vfio-checkpoint-drivers", "vfio-checkpoint-fsm", "vfio-checkpoint-seal"]),
     ("vfio-checkpoint-store", &["vfio-checkpoint-seal"]),
     ("vfio-checkpoint-proto", &["vfio-checkpoint-seal"]),
-    ("vfio-checkpoint-client", &["vfio-checkpoint-proto", "vfio-checkpoint-seal", "vfio-checkpoint-store"]),
+    (
+        "vfio-checkpoint-client",
+        &[
+            "vfio-checkpoint-drivers",
+            "vfio-checkpoint-proto",
+            "vfio-checkpoint-seal",
+            "vfio-checkpoint-store",
+        ],
+    ),
     (
         "vfio-checkpoint-server",
         &[
@@ -129,6 +139,63 @@ fn the_core_stays_synchronous_and_offline() {
         let found: Vec<&&str> = never.iter().filter(|banned| below.contains(**banned)).collect();
         assert!(found.is_empty(), "{name} must not have {found:?} below it");
     }
+}
+
+/// What only the program `vfioctl` needs, and nobody who uses the client library.
+const ONLY_OF_THE_PROGRAM: [&str; 11] = [
+    "clap",
+    "clap_complete",
+    "clap_mangen",
+    "indicatif",
+    "object_store",
+    "rcgen",
+    "reqwest",
+    "serde-saphyr",
+    "toml_edit",
+    "vfio-checkpoint-drivers",
+    "vfio-checkpoint-store",
+];
+
+#[test]
+fn the_client_library_goes_without_what_its_program_needs() {
+    let below = |more: &[&str]| -> BTreeSet<String> {
+        let output = Command::new(env!("CARGO"))
+            .args(["tree", "-p", "vfio-checkpoint-client", "-e", "normal", "--prefix", "none", "--locked"])
+            .args(more)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .expect("cargo runs");
+        assert!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("text");
+        text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+    };
+    let (program, library) = (below(&[]), below(&["--no-default-features"]));
+    for name in ONLY_OF_THE_PROGRAM {
+        assert!(program.contains(name), "vfioctl does without {name}: take it from the list");
+        assert!(!library.contains(name), "the client library must not have {name} below it");
+    }
+}
+
+#[test]
+fn nobody_builds_on_the_program_vfioctl() {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--locked", "--no-deps"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("cargo runs");
+    let value: Value = serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON");
+    let mut users = 0;
+    for package in value["packages"].as_array().expect("packages") {
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            if dependency["name"] == "vfio-checkpoint-client" {
+                users += 1;
+                let is_program = dependency["uses_default_features"] != false
+                    || dependency["features"].as_array().expect("features").iter().any(|name| name == "cli");
+                assert!(!is_program, "{} builds on the command line", package["name"]);
+            }
+        }
+    }
+    assert_eq!(users, 2, "the server and the tests");
 }
 
 /// The one module that may hold `unsafe`, from the workspace's root. Its own modules inherit the leave.
