@@ -5,7 +5,7 @@
 //!   pieces of a body --Assembly::push, message--> StreamMessage      the state is a slice of the piece that it came in
 //! ```
 //! prost and tonic copy each chunk once on the way out and once on the way in, into memory that is new each time; that
-//! is a tenth of what moving state costs (`tests/benches/speed.md`). What is written here is what prost writes, byte for byte, and
+//! was 7% of what moving state costs (`tests/benches/speed.md`). What is written here is what prost writes, byte for byte, and
 //! what is read is whatever prost reads: a chunk in the usual order of fields by a short way, anything else by prost's.
 //!
 //! Invariants:

@@ -70,7 +70,7 @@ struct Target {
     /// Into this folder, which must be new or empty
     #[arg(long, value_name = "DIR", conflicts_with_all = ["no_wait", "wait_timeout"])]
     output: Option<PathBuf>,
-    /// Into this store of the agent, which keeps only what it has not got yet
+    /// Into this store of the agent, which keeps only what is new since the last ones
     #[arg(long, value_name = "STORE", value_parser = store_name)]
     store: Option<StoreName>,
 }
