@@ -373,3 +373,24 @@ async fn room_is_what_is_free_and_what_a_replacement_frees() {
         (free_bytes(&new, Existing::Refuse).await, free_bytes(&full, Existing::Replace).await);
     assert!(replaced > beside + (32 << 20), "{replaced} {beside}");
 }
+
+/// Whoever opens a pipe as a file waits until somebody writes to it.
+#[tokio::test]
+async fn a_pipe_is_no_folder_and_is_not_waited_for() {
+    let folder = TempDir::new().unwrap();
+    let pipe = folder.path().join("pipe");
+    let mode = Mode::RUSR | Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    let limit = std::time::Duration::from_secs(10);
+    let manifest = manifest(1);
+    let read = tokio::time::timeout(limit, FolderReader::open(&pipe)).await;
+    let written =
+        tokio::time::timeout(limit, FolderWriter::create(&pipe, &manifest, Existing::Replace)).await;
+    // Lets go of whoever waits, so that this ends. Nobody does, so there is nobody to write to.
+    let writer = open(&pipe, OFlags::WRONLY | OFlags::NONBLOCK, Mode::empty());
+    assert_eq!(writer.unwrap_err(), rustix::io::Errno::NXIO);
+    for refused in [read.unwrap().map(drop), written.unwrap().map(drop)] {
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, FolderError::NotAFolder { .. }), "{refused}");
+    }
+}
