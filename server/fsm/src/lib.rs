@@ -4,6 +4,8 @@
 //! no dependency. An executor elsewhere asks what to do, does it, and reports what happened.
 //!
 //! ```text
+//!   handover            a save here and a restore there as one move: who may run, and what each side has on record
+//!        |
 //!   save / restore      one operation over a set of devices: which command is next, what a failure means
 //!        |
 //!   recovery, outcome   one device after a failed SET: nothing, walk back, reset, or quarantine
@@ -51,6 +53,7 @@
 mod arc;
 mod capabilities;
 mod forbidden;
+pub mod handover;
 mod outcome;
 mod plan;
 mod recovery;

@@ -22,6 +22,10 @@
 //!      v                             v                               v
 //!   Completed                    Completed                        Inconsistent
 //!
+//!   to another node:
+//!   Sealing --> Offered --> Committing --> LettingGo --> HandedOver
+//!                                \-- the destination refused --> Unwinding
+//!
 //!   a failure anywhere, Cancel before the line: Unwinding -> Aborted (devices run) or Lost (one does not)
 //! ```
 //!
@@ -37,6 +41,11 @@
 //! is sealed but not past that point is discarded only once the devices run again, since until then it may be
 //! the only copy.
 //!
+//! A hand-over to another node has another such point: entering [`SaveState::Committing`]. From there on the
+//! destination may run the state at any moment, so nothing but its answer moves the save: Cancel is refused, a timer
+//! is ignored, and silence is no answer. If it refuses, the devices run again. [`handover`](crate::handover) has the
+//! other side.
+//!
 //! Cancel has no say in [`SaveState::Marking`] either: the hold is over, and the devices resume anyway.
 //!
 //! # Invariants
@@ -45,6 +54,8 @@
 //! - Success means that every device of the set was drained and the seal is durable.
 //! - A failure never turns into success. Devices that run again after a failure are [`SaveState::Aborted`].
 //! - When a hold expires, the checkpoint is marked before any device runs.
+//! - What was offered runs here again only while the destination was not told, or once it has refused.
+//! - Devices are let go of only once the destination runs.
 //!
 //! # Failure paths
 //!
@@ -88,6 +99,10 @@ impl SaveState {
             SaveEvent::HoldExpired => self.on_hold_expired(plan),
             SaveEvent::Marked => self.on_report(Self::Marking, resume(Validity::Inconsistent)),
             SaveEvent::AllRunning => self.on_all_running(),
+            SaveEvent::CommitDue => self.on_commit_due(plan),
+            SaveEvent::Committed => self.on_answer(plan, Move(Self::LettingGo, SaveCommand::LetGo)),
+            SaveEvent::Refused => self.on_answer(plan, unwind(Fate::Unsealed)),
+            SaveEvent::LetGo => self.on_let_go(plan),
             SaveEvent::Cancel => self.on_cancel(),
             SaveEvent::Failed => self.on_failed(),
             SaveEvent::Recovered => self.on_recovered(),
@@ -123,11 +138,15 @@ impl SaveState {
             | Self::Held
             | Self::Marking
             | Self::Resuming { .. }
+            | Self::Offered
+            | Self::Committing
+            | Self::LettingGo
             | Self::Unwinding { .. } => Ignore,
             Self::Admitted
             | Self::Completed
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { .. }
             | Self::Lost { .. } => Refuse,
         }
@@ -150,21 +169,32 @@ impl SaveState {
             | Self::Held
             | Self::Marking
             | Self::Resuming { .. }
+            | Self::Offered
+            | Self::Committing
+            | Self::LettingGo
             | Self::Completed
             | Self::CompletedStopped
-            | Self::Inconsistent => Ignore,
+            | Self::Inconsistent
+            | Self::HandedOver => Ignore,
         }
     }
 
-    /// A seal that became durable after all is remembered in an unwinding: it may be the last copy.
+    /// A seal that became durable after all is remembered in an unwinding: it may be the last copy. What a
+    /// destination has loaded is none: nobody tells it to run.
     fn on_sealed(self, plan: SavePlan) -> Answer {
         if self == (Self::Unwinding { checkpoint: Fate::Unsealed }) {
-            return unwind(Fate::Revocable(Validity::Consistent));
+            return match plan.after {
+                AfterSave::HandOver => Ignore,
+                AfterSave::Resume | AfterSave::Hold | AfterSave::StayStopped => {
+                    unwind(Fate::Revocable(Validity::Consistent))
+                }
+            };
         }
         let then = match plan.after {
             AfterSave::Resume => resume(Validity::Consistent),
             AfterSave::Hold => Move(Self::Held, SaveCommand::AwaitResume),
             AfterSave::StayStopped => Move(Self::CompletedStopped, SaveCommand::Release),
+            AfterSave::HandOver => Move(Self::Offered, SaveCommand::AwaitCommit),
         };
         self.on_report(Self::Sealing, then)
     }
@@ -188,22 +218,33 @@ impl SaveState {
             | Self::Sealing
             | Self::Marking
             | Self::Resuming { checkpoint: Validity::Inconsistent }
+            | Self::Offered
+            | Self::Committing
+            | Self::LettingGo
             | Self::Unwinding { .. }
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { .. }
             | Self::Lost { .. } => Refuse,
         }
     }
 
-    /// The timer may lose the race against Resume, Cancel or a failure.
+    /// The timer may lose the race against Resume, a commit, Cancel or a failure. An offer that nobody commits
+    /// is withdrawn.
     fn on_hold_expired(self, plan: SavePlan) -> Answer {
-        if plan.after != AfterSave::Hold {
-            return Refuse;
+        match plan.after {
+            AfterSave::Hold | AfterSave::HandOver => {}
+            AfterSave::Resume | AfterSave::StayStopped => return Refuse,
         }
         match self {
             Self::Held => Move(Self::Marking, SaveCommand::MarkInconsistent),
-            Self::Marking | Self::Resuming { .. } | Self::Unwinding { .. } => Ignore,
+            Self::Offered => unwind(Fate::Unsealed),
+            Self::Marking
+            | Self::Resuming { .. }
+            | Self::Committing
+            | Self::LettingGo
+            | Self::Unwinding { .. } => Ignore,
             Self::Admitted
             | Self::PreCopying
             | Self::AwaitingCutover
@@ -215,8 +256,50 @@ impl SaveState {
             | Self::Completed
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { .. }
             | Self::Lost { .. } => Refuse,
+        }
+    }
+
+    /// A repeated call is a no-op while the first one has its effect, and refused once that is undone.
+    fn on_commit_due(self, plan: SavePlan) -> Answer {
+        if plan.after != AfterSave::HandOver {
+            return Refuse;
+        }
+        match self {
+            Self::Offered => Move(Self::Committing, SaveCommand::Commit),
+            Self::Committing | Self::LettingGo | Self::HandedOver => Ignore,
+            Self::Admitted
+            | Self::PreCopying
+            | Self::AwaitingCutover
+            | Self::Quiescing
+            | Self::Stopping
+            | Self::Draining
+            | Self::Parking
+            | Self::Sealing
+            | Self::Held
+            | Self::Marking
+            | Self::Resuming { .. }
+            | Self::Unwinding { .. }
+            | Self::Completed
+            | Self::CompletedStopped
+            | Self::Inconsistent
+            | Self::Aborted { .. }
+            | Self::Lost { .. } => Refuse,
+        }
+    }
+
+    /// The destination's answer, or an administrator's. Nothing overtakes it, so a second one is a defect.
+    fn on_answer(self, plan: SavePlan, then: Answer) -> Answer {
+        if plan.after == AfterSave::HandOver && self == Self::Committing { then } else { Refuse }
+    }
+
+    fn on_let_go(self, plan: SavePlan) -> Answer {
+        if plan.after == AfterSave::HandOver && self == Self::LettingGo {
+            Move(Self::HandedOver, SaveCommand::Release)
+        } else {
+            Refuse
         }
     }
 
@@ -239,21 +322,27 @@ impl SaveState {
             | Self::Stopping
             | Self::Draining
             | Self::Parking
-            | Self::Sealing => unwind(Fate::Unsealed),
+            | Self::Sealing
+            | Self::Offered => unwind(Fate::Unsealed),
             Self::Held => unwind(Fate::Revocable(Validity::Consistent)),
             Self::Unwinding { checkpoint: Fate::Unsealed | Fate::Revocable(_) }
             | Self::Aborted { checkpoint: None } => Ignore,
             Self::Marking
             | Self::Resuming { .. }
+            | Self::Committing
+            | Self::LettingGo
             | Self::Unwinding { checkpoint: Fate::Stands(_) }
             | Self::Completed
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { checkpoint: Some(_) }
             | Self::Lost { .. } => Refuse,
         }
     }
 
+    /// In [`SaveState::Committing`] one thing alone can fail: to record it. Then the destination was not told, and
+    /// is not going to be.
     fn on_failed(self) -> Answer {
         match self {
             Self::Admitted => Move(Self::Aborted { checkpoint: None }, SaveCommand::Release),
@@ -263,14 +352,18 @@ impl SaveState {
             | Self::Stopping
             | Self::Draining
             | Self::Parking
-            | Self::Sealing => unwind(Fate::Unsealed),
+            | Self::Sealing
+            | Self::Offered
+            | Self::Committing => unwind(Fate::Unsealed),
             Self::Held => unwind(Fate::Revocable(Validity::Consistent)),
             Self::Marking => unwind(Fate::Revocable(Validity::Inconsistent)),
             Self::Resuming { checkpoint } => unwind(Fate::Stands(checkpoint)),
             Self::Unwinding { .. } => Ignore,
-            Self::Completed
+            Self::LettingGo
+            | Self::Completed
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { .. }
             | Self::Lost { .. } => Refuse,
         }

@@ -34,6 +34,14 @@ pub enum SaveEvent {
     Marked,
     /// Report: every device is in `RUNNING`.
     AllRunning,
+    /// Call, or at once where nobody is asked: let the destination run what it has loaded.
+    CommitDue,
+    /// Report: the destination runs the state, durably; or an administrator said so.
+    Committed,
+    /// Report: the destination will never run the state, durably; or an administrator said so.
+    Refused,
+    /// Report: every device was reset, or is quarantined. Nothing here carries the state any more.
+    LetGo,
     /// Call: undo the save.
     Cancel,
     /// Report: the command at hand failed, whatever it was. The first one carries the error to be reported.
@@ -46,7 +54,7 @@ pub enum SaveEvent {
 
 impl SaveEvent {
     /// All events.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 20] = [
         Self::Start,
         Self::CutoverDue,
         Self::Cutover,
@@ -59,6 +67,10 @@ impl SaveEvent {
         Self::HoldExpired,
         Self::Marked,
         Self::AllRunning,
+        Self::CommitDue,
+        Self::Committed,
+        Self::Refused,
+        Self::LetGo,
         Self::Cancel,
         Self::Failed,
         Self::Recovered,
@@ -97,6 +109,15 @@ pub enum SaveCommand {
     MarkInconsistent,
     /// Run every device again and report [`SaveEvent::AllRunning`].
     Resume,
+    /// The destination has loaded all and waits. Report [`SaveEvent::CommitDue`] as soon as it may go on; arm
+    /// the deadline where that is for somebody to say.
+    AwaitCommit,
+    /// Tell the destination to run, and ask until its answer is known, for as long as it takes: report
+    /// [`SaveEvent::Committed`] or [`SaveEvent::Refused`] and nothing else. Silence is no answer. Can be given
+    /// again.
+    Commit,
+    /// Reset every device, quarantine those that resist, and report [`SaveEvent::LetGo`]. Can be given again.
+    LetGo,
     /// Read back the state of every device, follow [`crate::recover`] as a source for each, and report
     /// [`SaveEvent::Recovered`] or [`SaveEvent::Unrecoverable`]. Can be given again: it begins where the
     /// devices are.
@@ -130,6 +151,9 @@ impl SaveCommand {
             | Self::Seal
             | Self::AwaitResume
             | Self::MarkInconsistent
+            | Self::AwaitCommit
+            | Self::Commit
+            | Self::LetGo
             | Self::Release
             | Self::Discard
             | Self::Quarantine => &[],

@@ -23,6 +23,9 @@ pub enum AfterSave {
     Hold,
     /// Stay stopped.
     StayStopped,
+    /// Stay stopped while the devices of another node take over, and are reset once those run. If they never
+    /// will, the devices run again.
+    HandOver,
 }
 
 /// What the caller of a save asks for.
@@ -77,6 +80,7 @@ impl fmt::Display for AfterSave {
             Self::Resume => "RESUME",
             Self::Hold => "HOLD",
             Self::StayStopped => "STAY_STOPPED",
+            Self::HandOver => "HAND_OVER",
         })
     }
 }

@@ -55,6 +55,14 @@ pub enum SaveState {
         /// What it is worth.
         checkpoint: Validity,
     },
+    /// Every device is in `STOP`, and the destination has all of their state loaded and verified. It does not
+    /// run it, and will not before it is told to.
+    Offered,
+    /// The decision to hand over is on record, and the destination may have been told. Only its answer leads
+    /// on: until that is known, nobody can say which side runs.
+    Committing,
+    /// The destination runs. The devices here are being reset.
+    LettingGo,
     /// The save failed or was cancelled. Devices are on their way back to `RUNNING`.
     Unwinding {
         /// What becomes of the checkpoint.
@@ -66,6 +74,8 @@ pub enum SaveState {
     CompletedStopped,
     /// Terminal: the devices run, and the checkpoint is sealed and marked inconsistent.
     Inconsistent,
+    /// Terminal: the devices of the destination run with the state, and nothing of it is left here.
+    HandedOver,
     /// Terminal: the save was undone. The devices run with their own state.
     Aborted {
         /// The checkpoint that stays, if the save failed only after the point of no return.
@@ -81,7 +91,7 @@ pub enum SaveState {
 
 impl SaveState {
     /// All states, in the order in which a save may pass them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 30] = [
         Self::Admitted,
         Self::PreCopying,
         Self::AwaitingCutover,
@@ -94,6 +104,9 @@ impl SaveState {
         Self::Marking,
         Self::Resuming { checkpoint: Validity::Consistent },
         Self::Resuming { checkpoint: Validity::Inconsistent },
+        Self::Offered,
+        Self::Committing,
+        Self::LettingGo,
         Self::Unwinding { checkpoint: Fate::Unsealed },
         Self::Unwinding { checkpoint: Fate::Revocable(Validity::Consistent) },
         Self::Unwinding { checkpoint: Fate::Revocable(Validity::Inconsistent) },
@@ -102,6 +115,7 @@ impl SaveState {
         Self::Completed,
         Self::CompletedStopped,
         Self::Inconsistent,
+        Self::HandedOver,
         Self::Aborted { checkpoint: None },
         Self::Aborted { checkpoint: Some(Validity::Consistent) },
         Self::Aborted { checkpoint: Some(Validity::Inconsistent) },
@@ -118,9 +132,11 @@ impl SaveState {
     /// What became of the state in the devices, once the save is over.
     pub const fn outcome(self) -> Option<Outcome> {
         match self {
-            Self::Completed | Self::CompletedStopped | Self::Inconsistent | Self::Aborted { .. } => {
-                Some(Outcome::Preserved)
-            }
+            Self::Completed
+            | Self::CompletedStopped
+            | Self::Inconsistent
+            | Self::HandedOver
+            | Self::Aborted { .. } => Some(Outcome::Preserved),
             Self::Lost { .. } => Some(Outcome::StateLost),
             Self::Admitted
             | Self::PreCopying
@@ -133,6 +149,9 @@ impl SaveState {
             | Self::Held
             | Self::Marking
             | Self::Resuming { .. }
+            | Self::Offered
+            | Self::Committing
+            | Self::LettingGo
             | Self::Unwinding { .. } => None,
         }
     }
@@ -140,7 +159,7 @@ impl SaveState {
     /// Whether the save did what was asked for. An inconsistent checkpoint is not what was asked for.
     pub const fn is_success(self) -> bool {
         match self {
-            Self::Completed | Self::CompletedStopped => true,
+            Self::Completed | Self::CompletedStopped | Self::HandedOver => true,
             Self::Admitted
             | Self::PreCopying
             | Self::AwaitingCutover
@@ -152,6 +171,9 @@ impl SaveState {
             | Self::Held
             | Self::Marking
             | Self::Resuming { .. }
+            | Self::Offered
+            | Self::Committing
+            | Self::LettingGo
             | Self::Unwinding { .. }
             | Self::Inconsistent
             | Self::Aborted { .. }
@@ -159,14 +181,19 @@ impl SaveState {
         }
     }
 
-    /// Whether the checkpoint stands whatever happens to the devices from here on.
+    /// Whether what was saved stands whatever happens to the devices from here on.
+    ///
+    /// Not so in [`SaveState::Committing`], although there is no way back at will: the destination can refuse, and
+    /// then the devices run again.
     pub const fn is_past_no_return(self) -> bool {
         match self {
             Self::Resuming { .. }
+            | Self::LettingGo
             | Self::Unwinding { checkpoint: Fate::Stands(_) }
             | Self::Completed
             | Self::CompletedStopped
             | Self::Inconsistent
+            | Self::HandedOver
             | Self::Aborted { checkpoint: Some(_) }
             | Self::Lost { checkpoint: Some(_) } => true,
             Self::Admitted
@@ -179,6 +206,8 @@ impl SaveState {
             | Self::Sealing
             | Self::Held
             | Self::Marking
+            | Self::Offered
+            | Self::Committing
             | Self::Unwinding { checkpoint: Fate::Unsealed | Fate::Revocable(_) }
             | Self::Aborted { checkpoint: None }
             | Self::Lost { checkpoint: None } => false,
@@ -200,6 +229,9 @@ impl SaveState {
             Self::Marking => "Marking",
             Self::Resuming { checkpoint: Validity::Consistent } => "Resuming",
             Self::Resuming { checkpoint: Validity::Inconsistent } => "Resuming (inconsistent)",
+            Self::Offered => "Offered",
+            Self::Committing => "Committing",
+            Self::LettingGo => "LettingGo",
             Self::Unwinding { checkpoint: Fate::Unsealed } => "Unwinding (unsealed)",
             Self::Unwinding { checkpoint: Fate::Revocable(Validity::Consistent) } => "Unwinding (revocable)",
             Self::Unwinding { checkpoint: Fate::Revocable(Validity::Inconsistent) } => {
@@ -212,6 +244,7 @@ impl SaveState {
             Self::Completed => "Completed",
             Self::CompletedStopped => "CompletedStopped",
             Self::Inconsistent => "Inconsistent",
+            Self::HandedOver => "HandedOver",
             Self::Aborted { checkpoint: None } => "Aborted",
             Self::Aborted { checkpoint: Some(Validity::Consistent) } => "Aborted (checkpoint stands)",
             Self::Aborted { checkpoint: Some(Validity::Inconsistent) } => "Aborted (inconsistent stands)",

@@ -7,6 +7,7 @@
 mod device;
 mod diagrams;
 mod explore;
+mod handover;
 mod recovery;
 mod restore;
 mod save;

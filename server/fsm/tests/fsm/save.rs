@@ -22,7 +22,9 @@ impl Machine for SaveState {
         for pre_copy in [true, false] {
             for barrier in [true, false] {
                 for cutover in [Cutover::Auto, Cutover::Manual] {
-                    for after in [AfterSave::Resume, AfterSave::Hold, AfterSave::StayStopped] {
+                    for after in
+                        [AfterSave::Resume, AfterSave::Hold, AfterSave::StayStopped, AfterSave::HandOver]
+                    {
                         plans.push(SavePlan { pre_copy, barrier, cutover, after });
                     }
                 }
@@ -65,6 +67,9 @@ impl Machine for SaveState {
             (SaveCommand::AwaitResume, _) => &[E::Resume, E::HoldExpired, E::Failed],
             (SaveCommand::MarkInconsistent, _) => &[E::Marked, E::Failed],
             (SaveCommand::Resume, _) => &[E::AllRunning, E::Failed],
+            (SaveCommand::AwaitCommit, _) => &[E::CommitDue, E::HoldExpired, E::Failed],
+            (SaveCommand::Commit, _) => &[E::Committed, E::Refused],
+            (SaveCommand::LetGo, _) => &[E::LetGo],
             (SaveCommand::FallBack, _) => &[E::Recovered, E::Unrecoverable],
             (SaveCommand::Release | SaveCommand::Discard | SaveCommand::Quarantine, _) => &[],
         }
@@ -124,6 +129,7 @@ fn success_means_drained_sealed_and_nothing_failed() {
             SaveEvent::Failed,
             SaveEvent::Cancel,
             SaveEvent::HoldExpired,
+            SaveEvent::Refused,
             SaveEvent::Recovered,
             SaveEvent::Unrecoverable,
         ] {
@@ -134,7 +140,12 @@ fn success_means_drained_sealed_and_nothing_failed() {
         assert!(drained.is_some() && drained < sealed, "success without a seal over all bytes");
         let stayed = end(&course) == SaveState::CompletedStopped;
         assert_eq!(stayed, plan.after == AfterSave::StayStopped);
-        let last = if stayed { SaveEvent::Sealed } else { SaveEvent::AllRunning };
+        assert_eq!(end(&course) == SaveState::HandedOver, plan.after == AfterSave::HandOver);
+        let last = match plan.after {
+            AfterSave::Resume | AfterSave::Hold => SaveEvent::AllRunning,
+            AfterSave::StayStopped => SaveEvent::Sealed,
+            AfterSave::HandOver => SaveEvent::LetGo,
+        };
         assert_eq!(place(&course, last), Some(course.len() - 1), "success before it is true");
     }
 }
@@ -180,6 +191,9 @@ fn no_device_stops_before_all_are_quiesced() {
                 | SaveCommand::Park
                 | SaveCommand::AwaitResume
                 | SaveCommand::MarkInconsistent
+                | SaveCommand::AwaitCommit
+                | SaveCommand::Commit
+                | SaveCommand::LetGo
                 | SaveCommand::Release
                 | SaveCommand::Discard
                 | SaveCommand::Quarantine => {}
@@ -211,7 +225,8 @@ fn past_the_point_of_no_return_a_sealed_checkpoint_stands() {
 
 #[test]
 fn a_sealed_checkpoint_is_discarded_only_once_the_devices_run() {
-    for (_, course) in all_courses() {
+    let kept = all_courses().filter(|(plan, _)| plan.after != AfterSave::HandOver);
+    for (_, course) in kept {
         let sealed = place(&course, SaveEvent::Sealed).is_some();
         match end(&course) {
             SaveState::Aborted { checkpoint: None } => {
@@ -234,6 +249,10 @@ fn a_sealed_checkpoint_is_discarded_only_once_the_devices_run() {
             | SaveState::Held
             | SaveState::Marking
             | SaveState::Resuming { .. }
+            | SaveState::Offered
+            | SaveState::Committing
+            | SaveState::LettingGo
+            | SaveState::HandedOver
             | SaveState::Unwinding { .. }) => panic!("{other} is not an end"),
         }
     }
@@ -241,7 +260,8 @@ fn a_sealed_checkpoint_is_discarded_only_once_the_devices_run() {
 
 #[test]
 fn an_expired_hold_is_marked_before_any_device_runs_and_told_ever_after() {
-    for (_, course) in all_courses() {
+    let kept = all_courses().filter(|(plan, _)| plan.after != AfterSave::HandOver);
+    for (_, course) in kept {
         let Some(expired) = place(&course, SaveEvent::HoldExpired) else {
             continue;
         };
@@ -295,8 +315,9 @@ fn a_device_can_follow_every_course() {
                 }
             }
             assert!(opened <= 1);
-            let expected =
-                if end(&course) == SaveState::CompletedStopped { State::Stop } else { State::Running };
+            // What is handed over is let go of by a reset, which no SET does.
+            let stopped = [SaveState::CompletedStopped, SaveState::HandedOver].contains(&end(&course));
+            let expected = if stopped { State::Stop } else { State::Running };
             assert_eq!(state, expected);
         }
     }
@@ -317,7 +338,7 @@ fn a_manual_cutover_belongs_to_the_caller() {
 
 #[test]
 fn a_seal_that_becomes_durable_during_a_cancel_is_remembered() {
-    for plan in SaveState::plans() {
+    for plan in SaveState::plans().into_iter().filter(|plan| plan.after != AfterSave::HandOver) {
         let cancelled = SaveState::Sealing.on(plan, SaveEvent::Cancel).state();
         assert_eq!(cancelled, SaveState::Unwinding { checkpoint: Fate::Unsealed });
         let sealed = cancelled.on(plan, SaveEvent::Sealed).state();
