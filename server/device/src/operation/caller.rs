@@ -27,6 +27,9 @@ pub trait Caller: Send + Sync {
     /// Over once held devices may run.
     fn resume(&self) -> BoxFuture<'_, ()>;
 
+    /// Over once the destination of a hand-over may run the devices. Asked for only when it has loaded them.
+    fn commit(&self) -> BoxFuture<'_, ()>;
+
     /// Over once the operation is taken back, with the reason. It may come too late to be honoured.
     fn cancelled(&self) -> BoxFuture<'_, BoxError>;
 
@@ -81,7 +84,7 @@ pub struct DeviceProgress {
     pub precopy: Option<PrecopyInfo>,
 }
 
-/// Nobody: an operation on its own, as from a shell. It is never cancelled, and neither Cutover nor Resume is ever said.
+/// Nobody: an operation on its own, as from a shell. It is never cancelled, and none of Cutover, Resume and Commit is ever said.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Alone;
 
@@ -91,6 +94,10 @@ impl Caller for Alone {
     }
 
     fn resume(&self) -> BoxFuture<'_, ()> {
+        pending().boxed()
+    }
+
+    fn commit(&self) -> BoxFuture<'_, ()> {
         pending().boxed()
     }
 

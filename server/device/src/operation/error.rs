@@ -106,6 +106,21 @@ pub enum Cause {
         /// How short it should have been.
         limit: Duration,
     },
+    /// The stop was about to take longer than it may.
+    #[error("the devices were stopped for longer than leaves time for the rest of {limit:?}")]
+    StopLimit {
+        /// How long they may be stopped.
+        limit: Duration,
+    },
+    /// Nobody said Commit in time.
+    #[error("nobody said Commit within {limit:?}")]
+    NoCommit {
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// Whoever was to take the devices over does not.
+    #[error("the devices were not taken over: {}", chain(&**.0))]
+    NotTaken(BoxError),
     /// Nobody said Resume in time.
     #[error("nobody said Resume within {limit:?}")]
     HoldExpired {

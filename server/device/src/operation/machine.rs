@@ -14,7 +14,8 @@
 //!
 //! # Failure paths
 //! A move that cannot be recorded is a failure of that move, except where there is no way back or the devices are being
-//! brought back already: there the operation goes on, and it is noted. An event that the machine has no use for is a
+//! brought back already: there the operation goes on, and it is noted. So it does where a hand-over that is taken up tells
+//! again what was on record before: the destination may run, whatever can be written now. An event that the machine has no use for is a
 //! defect here; the devices are brought back all the same.
 
 use std::fmt::{Debug, Display};
@@ -46,8 +47,8 @@ pub(super) trait Machine: Send {
     where
         Self: Sized;
 
-    /// Whether the machine is past its point of no return.
-    fn is_past_no_return(state: Self::State) -> bool;
+    /// Whether the machine is past its point of no return in this state.
+    fn is_past_no_return(&self, state: Self::State) -> bool;
 
     fn step(state: Self::State) -> OperationStep;
 
@@ -101,7 +102,7 @@ pub(super) async fn drive<M: Machine>(
         };
         if let Err(error) = caller.moved(M::step(to)).await {
             match M::on(to, plan, M::FAILED) {
-                failed @ Step::Moved { .. } if !M::is_past_no_return(to) => {
+                failed @ Step::Moved { .. } if !machine.is_past_no_return(to) => {
                     machine.unwound().blame(Cause::Unrecorded(error));
                     step = failed;
                     continue;

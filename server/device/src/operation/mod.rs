@@ -41,7 +41,7 @@ pub use error::{BoxError, Cause, OperationError};
 pub use precopy::{Decision, Left, Pace, PrecopyPolicy};
 pub use restore::{RestoreReport, RestoreTerms, restore};
 pub use save::{SaveReport, SaveTerms, save};
-pub use state::{Arrival, Owner, StateSink, StateSource};
+pub use state::{Arrival, Owner, Settled, StateSink, StateSource, Word};
 pub use take_up::{LoadedBefore, RecordedRestore, RecordedSave, take_up_restore, take_up_save};
 
 use vfio_checkpoint_fsm::Capabilities;

@@ -126,7 +126,7 @@ impl<S: Feed> Machine for RestoreRun<'_, S> {
         state.on(plan, event)
     }
 
-    fn is_past_no_return(state: RestoreState) -> bool {
+    fn is_past_no_return(&self, state: RestoreState) -> bool {
         state.is_past_no_return()
     }
 

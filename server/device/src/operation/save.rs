@@ -3,6 +3,7 @@
 mod report;
 mod stream;
 
+use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
@@ -13,7 +14,7 @@ pub use report::{SaveReport, SaveTerms};
 use super::error::{Cause, OperationError, Unwound};
 use super::machine::{LostTrack, Machine, begin, drive};
 use super::set::{Noted, Seats};
-use super::{Caller, DeviceProgress, OperationStep, Pace, Progress, StateSink, capabilities};
+use super::{Caller, DeviceProgress, OperationStep, Pace, Progress, Settled, StateSink, Word, capabilities};
 use crate::driver::{Driver, Peers, Quiesced, SaveMode, SaveSession, Stopped};
 use crate::lane::Then;
 use crate::{Call, ChunkPool, ConfigCapture, DeviceLane};
@@ -72,6 +73,10 @@ pub(super) struct SaveRun<'a, S> {
     predicted_downtime: Option<Duration>,
     /// The sink was asked to seal. It may have done so although the answer was not waited for.
     sealing: bool,
+    /// What whoever takes the devices over is told.
+    pub(super) word: Word,
+    /// An earlier life of the process may have told them. Then a record of it that cannot be made again stops nothing.
+    pub(super) may_run_there: bool,
 }
 
 impl<S: StateSink> Machine for SaveRun<'_, S> {
@@ -87,8 +92,8 @@ impl<S: StateSink> Machine for SaveRun<'_, S> {
         state.on(plan, event)
     }
 
-    fn is_past_no_return(state: SaveState) -> bool {
-        state.is_past_no_return()
+    fn is_past_no_return(&self, state: SaveState) -> bool {
+        state.is_past_no_return() || (self.may_run_there && state == SaveState::Committing)
     }
 
     fn step(state: SaveState) -> OperationStep {
@@ -105,39 +110,26 @@ impl<S: StateSink> Machine for SaveRun<'_, S> {
 
     async fn execute(&mut self, state: SaveState, command: SaveCommand) -> Option<SaveEvent> {
         self.state = state;
-        let done = match command {
-            SaveCommand::EnterPreCopy => self.pre_copy().await,
-            SaveCommand::AwaitCutover => self.await_cutover().await,
-            SaveCommand::Quiesce => self.quiesce().await.map(|()| SaveEvent::AllQuiesced),
-            SaveCommand::EnterStopCopy => self.enter_stop_copy().await.map(|()| SaveEvent::AllStopped),
-            SaveCommand::Drain => self.drain().await.map(|()| SaveEvent::AllDrained),
-            SaveCommand::Park => self.park().await.map(|()| SaveEvent::AllParked),
-            SaveCommand::Seal => self.seal().await.map(|()| SaveEvent::Sealed),
-            SaveCommand::AwaitResume => Ok(self.await_resume().await),
-            SaveCommand::MarkInconsistent => self.mark().await.map(|()| SaveEvent::Marked),
-            SaveCommand::Resume => self.resume().await.map(|()| SaveEvent::AllRunning),
-            SaveCommand::FallBack => {
-                self.fall_back().await;
-                let back = self.set.unwound.quarantined.is_empty();
-                Ok(if back { SaveEvent::Recovered } else { SaveEvent::Unrecoverable })
-            }
-            SaveCommand::Release | SaveCommand::Discard => {
-                self.release().await;
-                if state == (SaveState::Aborted { checkpoint: None }) {
-                    self.discard().await;
-                }
-                return None;
-            }
-            SaveCommand::Quarantine => {
-                self.release().await;
-                // Sealed after all, it would be the last copy.
-                if state == (SaveState::Lost { checkpoint: None }) && !self.sealing {
-                    self.discard().await;
-                }
-                return None;
+        let Some(limit) = self.terms.stop_limit.filter(|_| counts_as_stop(command)) else {
+            return self.obey(state, command).await;
+        };
+        let stopped = self.stopping.map_or(Duration::ZERO, |since| self.set.now().saturating_sub(since));
+        let left = limit.saturating_sub(stopped);
+        let late = self.set.sleep(left);
+        // What is late already is not begun: it could be over before the timer is heard.
+        let done = if left.is_zero() {
+            None
+        } else {
+            let work = pin!(self.obey(state, command));
+            match select(work, late).await {
+                Either::Left((event, _)) => Some(event),
+                Either::Right(((), _)) => None,
             }
         };
-        Some(done.unwrap_or(SaveEvent::Failed))
+        done.unwrap_or_else(|| {
+            self.set.unwound.blame(Cause::StopLimit { limit });
+            Some(SaveEvent::Failed)
+        })
     }
 
     async fn bring_back(&mut self) {
@@ -169,6 +161,8 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
             precopy_bytes: 0,
             predicted_downtime: None,
             sealing: false,
+            word: Word::Commit,
+            may_run_there: false,
         }
     }
 
@@ -185,6 +179,48 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
             Err(LostTrack) => checkpoint_after(self.state),
         };
         Err(std::mem::replace(&mut self.set.unwound, Unwound::new()).into_error(checkpoint))
+    }
+
+    async fn obey(&mut self, state: SaveState, command: SaveCommand) -> Option<SaveEvent> {
+        let done = match command {
+            SaveCommand::EnterPreCopy => self.pre_copy().await,
+            SaveCommand::AwaitCutover => self.await_cutover().await,
+            SaveCommand::Quiesce => self.quiesce().await.map(|()| SaveEvent::AllQuiesced),
+            SaveCommand::EnterStopCopy => self.enter_stop_copy().await.map(|()| SaveEvent::AllStopped),
+            SaveCommand::Drain => self.drain().await.map(|()| SaveEvent::AllDrained),
+            SaveCommand::Park => self.park().await.map(|()| SaveEvent::AllParked),
+            SaveCommand::Seal => self.seal().await.map(|()| SaveEvent::Sealed),
+            SaveCommand::AwaitResume => Ok(self.await_resume().await),
+            SaveCommand::MarkInconsistent => self.mark().await.map(|()| SaveEvent::Marked),
+            SaveCommand::Resume => self.resume().await.map(|()| SaveEvent::AllRunning),
+            SaveCommand::AwaitCommit => Ok(self.await_commit().await),
+            SaveCommand::Commit => Ok(self.commit().await),
+            SaveCommand::LetGo => {
+                self.let_go().await;
+                Ok(SaveEvent::LetGo)
+            }
+            SaveCommand::FallBack => {
+                self.fall_back().await;
+                let back = self.set.unwound.quarantined.is_empty();
+                Ok(if back { SaveEvent::Recovered } else { SaveEvent::Unrecoverable })
+            }
+            SaveCommand::Release | SaveCommand::Discard => {
+                self.release().await;
+                if state == (SaveState::Aborted { checkpoint: None }) {
+                    self.discard().await;
+                }
+                return None;
+            }
+            SaveCommand::Quarantine => {
+                self.release().await;
+                // Sealed after all, it would be the last copy.
+                if state == (SaveState::Lost { checkpoint: None }) && !self.sealing {
+                    self.discard().await;
+                }
+                return None;
+            }
+        };
+        Some(done.unwrap_or(SaveEvent::Failed))
     }
 
     pub(super) fn peers(&self) -> Peers {
@@ -297,6 +333,48 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
         }
     }
 
+    async fn await_commit(&mut self) -> SaveEvent {
+        let limit = self.terms.hold_limit;
+        match select(self.caller.commit(), self.set.sleep(limit)).await {
+            Either::Left(((), _)) => SaveEvent::CommitDue,
+            Either::Right(((), _)) => {
+                self.set.unwound.blame(Cause::NoCommit { limit });
+                SaveEvent::HoldExpired
+            }
+        }
+    }
+
+    async fn commit(&mut self) -> SaveEvent {
+        match self.sink.settle(self.word).await {
+            Settled::There => {
+                self.ended = self.set.now();
+                SaveEvent::Committed
+            }
+            Settled::Here(why) => {
+                self.set.unwound.blame(Cause::NotTaken(why));
+                SaveEvent::Refused
+            }
+        }
+    }
+
+    /// The state lives on elsewhere: what is left of it here goes. What cannot be reset must not run again.
+    async fn let_go(&mut self) {
+        for index in 0..self.set.len() {
+            let held = self.set.take(index);
+            let lane = self.set.all[index].lane;
+            let reset = lane.start(Call::Reset, move |driver| {
+                // On the lane: closing a data fd is a call on the device too.
+                drop(held);
+                driver.reset()
+            });
+            match reset.finished().await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) => self.set.unwound.device(lane, Ok(failure)),
+                Err(hung) => self.set.unwound.device(lane, Err(hung)),
+            }
+        }
+    }
+
     async fn mark(&mut self) -> Result<(), Noted> {
         let marked = self.sink.mark_inconsistent().await;
         marked.map_err(|error| self.set.fail(Cause::Other(error)))
@@ -345,7 +423,9 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
 
     /// The end: devices that stay stopped are let go of where they are.
     async fn release(&mut self) {
-        self.ended = self.set.now();
+        if self.plan.after != AfterSave::HandOver || !self.state.is_success() {
+            self.ended = self.set.now();
+        }
         for index in 0..self.set.len() {
             if let Hold::Stopped(stopped) = self.set.take(index)
                 && self.plan.after == AfterSave::StayStopped
@@ -374,5 +454,25 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
             took: self.ended.saturating_sub(self.set.begun),
             unrecorded: self.set.unwound.unrecorded.clone(),
         }
+    }
+}
+
+/// Whether the devices stand still while it is obeyed, and can still be brought back.
+const fn counts_as_stop(command: SaveCommand) -> bool {
+    match command {
+        SaveCommand::Drain | SaveCommand::Park | SaveCommand::Seal | SaveCommand::AwaitCommit => true,
+        SaveCommand::EnterPreCopy
+        | SaveCommand::AwaitCutover
+        | SaveCommand::Quiesce
+        | SaveCommand::EnterStopCopy
+        | SaveCommand::AwaitResume
+        | SaveCommand::MarkInconsistent
+        | SaveCommand::Resume
+        | SaveCommand::Commit
+        | SaveCommand::LetGo
+        | SaveCommand::FallBack
+        | SaveCommand::Release
+        | SaveCommand::Discard
+        | SaveCommand::Quarantine => false,
     }
 }

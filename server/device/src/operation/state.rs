@@ -25,8 +25,35 @@ pub trait StateSink: Send {
     /// was captured with it may have moved on.
     fn mark_inconsistent(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
 
+    /// Of a save that hands its devices over: tells whoever took the state to run them, or asks for it back, and is over
+    /// once it is known for good which side has the devices. That can be never. May be begun again after it was dropped.
+    ///
+    /// A sink that nobody runs from has nobody to tell: its devices are this side's.
+    fn settle(&mut self, word: Word) -> impl Future<Output = Settled> + Send {
+        let _ = word;
+        std::future::ready(Settled::Here(Box::from("nobody takes devices over from here")))
+    }
+
     /// What was written, sealed or not, is no checkpoint. An error changes nothing: what resists is left over.
     fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
+}
+
+/// What is said to whoever took the state of devices that are handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Word {
+    /// Run the devices.
+    Commit,
+    /// Do not run them any more, unless they were told to before.
+    Withdraw,
+}
+
+/// Which side has the devices that were handed over, for good.
+#[derive(Debug)]
+pub enum Settled {
+    /// The other one: it runs them.
+    There,
+    /// This one: nothing over there runs them, or ever will, for this reason.
+    Here(BoxError),
 }
 
 /// What comes from a source.

@@ -28,7 +28,7 @@ use super::error::{Cause, OperationError};
 use super::restore::{Fed, Hold as RestoreHold, RestoreRun};
 use super::save::{Hold as SaveHold, SaveRun};
 use super::set::Noted;
-use super::{Caller, Owner, PrecopyPolicy, RestoreReport, RestoreTerms, SaveTerms, StateSink};
+use super::{Caller, Owner, PrecopyPolicy, RestoreReport, RestoreTerms, SaveTerms, StateSink, Word};
 use crate::driver::{Driver, Starting, Waking};
 use crate::{Call, DeviceError, DeviceLane, Rearm, VerifiedSeal};
 
@@ -56,6 +56,10 @@ pub enum RecordedSave {
     },
     /// Sealed, and the devices stay stopped: nothing is left to do.
     Stopped,
+    /// The other side may have been told to run the devices: it is asked on.
+    Committing,
+    /// The other side runs them: they are reset here.
+    LettingGo,
 }
 
 impl RecordedSave {
@@ -72,13 +76,17 @@ impl RecordedSave {
             | SaveState::Stopping
             | SaveState::Draining
             | SaveState::Parking
-            | SaveState::Sealing => Self::Unsealed,
+            | SaveState::Sealing
+            | SaveState::Offered => Self::Unsealed,
             SaveState::Held => Self::Held { remaining },
             SaveState::Marking => Self::Marking,
             SaveState::Resuming { checkpoint } => Self::Resuming { checkpoint },
             SaveState::Unwinding { checkpoint } => Self::Unwinding { checkpoint },
             SaveState::CompletedStopped => Self::Stopped,
+            SaveState::Committing => Self::Committing,
+            SaveState::LettingGo => Self::LettingGo,
             SaveState::Completed
+            | SaveState::HandedOver
             | SaveState::Inconsistent
             | SaveState::Aborted { .. }
             | SaveState::Lost { .. } => return None,
@@ -161,11 +169,13 @@ pub async fn take_up_save<S: StateSink>(
         | RecordedSave::Unwinding { .. }
         | RecordedSave::Marking
         | RecordedSave::Resuming { .. }
-        | RecordedSave::Stopped => Duration::ZERO,
+        | RecordedSave::Stopped
+        | RecordedSave::Committing
+        | RecordedSave::LettingGo => Duration::ZERO,
     };
     // Copying is over for good: of these terms only the hold counts.
     let policy = PrecopyPolicy::default();
-    let terms = SaveTerms { request, policy, cutover_limit: Duration::ZERO, hold_limit };
+    let terms = SaveTerms { request, policy, cutover_limit: Duration::ZERO, hold_limit, stop_limit: None };
     let mut run = SaveRun::new(lanes, plan, terms, caller, sink);
     let first = match recorded {
         RecordedSave::Stopped => return Ok(SaveState::CompletedStopped),
@@ -183,6 +193,15 @@ pub async fn take_up_save<S: StateSink>(
             let adopted = adopt_resuming(&mut run).await;
             moved_or_failed(plan, adopted, SaveState::Resuming { checkpoint }, SaveCommand::Resume)
         }
+        RecordedSave::Committing => {
+            // Whoever moved a device since may have let it run, so nobody else must be told to: what the other side was
+            // told before stands, and no more is said.
+            let moved = adopt_stopped(&mut run).await.is_err();
+            run.word = if moved { Word::Withdraw } else { Word::Commit };
+            run.may_run_there = true;
+            Step::Moved { to: SaveState::Committing, command: SaveCommand::Commit }
+        }
+        RecordedSave::LettingGo => Step::Moved { to: SaveState::LettingGo, command: SaveCommand::LetGo },
     };
     run.finish(first).await
 }

@@ -2,8 +2,10 @@
 
 pub(super) mod answers;
 pub(super) mod crashes;
+pub(super) mod handover;
 mod node;
 pub(super) mod script;
+pub(super) mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -16,15 +16,19 @@ pub struct SaveTerms {
     /// With manual cutover, how long Cutover is waited for, from the start of the save. It fails then, and the devices
     /// run on.
     pub cutover_limit: Duration,
-    /// How long held devices wait for Resume. They run then, and the checkpoint is marked inconsistent.
+    /// How long held devices wait for Resume. They run then, and the checkpoint is marked inconsistent. How long an offer
+    /// waits for Commit. It is withdrawn then.
     pub hold_limit: Duration,
+    /// How long devices that are handed over may be stopped until the other side is told to run them. After that the save
+    /// is undone.
+    pub stop_limit: Option<Duration>,
 }
 
 impl SaveTerms {
     /// Automatic cutover and no hold, as for a caller that nobody can reach.
     pub fn automatic(pre_copy: bool, after: AfterSave, policy: PrecopyPolicy) -> Self {
         let request = SaveRequest { pre_copy, cutover: Cutover::Auto, after };
-        Self { request, policy, cutover_limit: Duration::ZERO, hold_limit: Duration::ZERO }
+        Self { request, policy, cutover_limit: Duration::ZERO, hold_limit: Duration::ZERO, stop_limit: None }
     }
 }
 
@@ -39,8 +43,8 @@ pub struct SaveReport {
     pub precopy_bytes: u64,
     /// How long the stop was expected to take when it began, where pre-copy could tell.
     pub predicted_downtime: Option<Duration>,
-    /// From before the first device was stopped until the last ran again, or until the seal where they stay stopped. A
-    /// hold counts.
+    /// From before the first device was stopped until the last ran again, or until the seal where they stay stopped, or
+    /// until it was known that the other side runs them. A hold counts.
     pub downtime: Duration,
     /// The whole save.
     pub took: Duration,
@@ -68,6 +72,10 @@ pub(super) fn checkpoint_after(state: SaveState) -> Option<Validity> {
         | SaveState::Parking
         | SaveState::Sealing
         | SaveState::Held
-        | SaveState::Marking => None,
+        | SaveState::Marking
+        | SaveState::Offered
+        | SaveState::Committing
+        | SaveState::LettingGo
+        | SaveState::HandedOver => None,
     }
 }

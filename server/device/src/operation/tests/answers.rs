@@ -27,6 +27,7 @@ pub(crate) fn save_terms(pre_copy: bool, cutover: Cutover, after: AfterSave) -> 
         policy: PrecopyPolicy::default(),
         cutover_limit: CUTOVER_LIMIT,
         hold_limit: HOLD_LIMIT,
+        stop_limit: None,
     }
 }
 

@@ -5,9 +5,11 @@
 //!             -- moved --> caller -+--> place 0, 1, 2, ...   at the chosen one: it happens
 //!             -- chunk --> sink --'
 //! ```
-//! A place is a job of a lane before it runs, a move before and after it is recorded, or a call of a sink or a source.
-//! Everything else of a run on [`Inline`] happens between two of these, so a test that goes through all places goes
+//! A place is a job of a lane before it runs, a move before and after it is recorded, a call of a sink or a source, or the
+//! question whether a hand-over may be committed. Everything else of a run on [`Inline`] happens between two of these, so a test that goes through all places goes
 //! through all that can be interrupted.
+//!
+//! Time stands still while anything is under way, and then goes on to what is due first.
 
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -21,11 +23,17 @@ use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, pending, ready};
 
 use super::node::Memory;
+use super::watch::{Side, Watch};
 use crate::executor::Job;
-use crate::operation::{Arrival, BoxError, Caller, OperationStep, Progress, StateSink, StateSource};
+use crate::operation::{
+    Arrival, BoxError, Caller, OperationStep, Progress, Settled, StateSink, StateSource, Word,
+};
 use crate::sim::SimDevice;
 use crate::{Clock, ConfigCapture, Executor, Inline, Lane, Rearm};
 use vfio_checkpoint_fsm::State;
+
+/// How long a delay is.
+pub(crate) const DELAY: Duration = Duration::from_secs(10);
 
 /// What happens at the place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +45,8 @@ pub(crate) enum What {
     Crash,
     /// A move cannot be recorded. Counts moves only.
     FailMove,
+    /// It takes [`DELAY`] until the lane begins the job, or the sink or the caller answers.
+    Delay,
 }
 
 #[derive(Debug, Default)]
@@ -53,6 +63,10 @@ struct Run {
     busy: bool,
     cutover: bool,
     resume: bool,
+    /// When a hand-over may be committed, by the clock.
+    commit_at: Option<Duration>,
+    /// When those that wait want to be asked again.
+    due: Vec<Duration>,
     /// Cutover is said once this many progress reports came.
     cutover_after: Option<usize>,
     progress: usize,
@@ -67,6 +81,7 @@ pub(crate) struct Script {
     run: Arc<Mutex<Run>>,
     jobs: Arc<Mutex<VecDeque<Job>>>,
     pub(crate) inline: Inline,
+    pub(crate) watch: Watch,
 }
 
 impl std::fmt::Debug for Script {
@@ -78,7 +93,8 @@ impl std::fmt::Debug for Script {
 impl Script {
     pub(crate) fn new(what: What, at: usize) -> Self {
         let run = Run { at, ..Run::default() };
-        Self { what, run: Arc::new(Mutex::new(run)), jobs: Arc::default(), inline: Inline::new(7) }
+        let (run, jobs) = (Arc::new(Mutex::new(run)), Arc::default());
+        Self { what, run, jobs, inline: Inline::new(7), watch: Watch::default() }
     }
 
     pub(crate) fn quiet() -> Self {
@@ -98,6 +114,17 @@ impl Script {
     pub(crate) fn resume(self) -> Self {
         self.run().resume = true;
         self
+    }
+
+    /// Commit is said at this time of the clock.
+    pub(crate) fn commit_at(self, at: Duration) -> Self {
+        self.run().commit_at = Some(at);
+        self
+    }
+
+    /// What comes after another one that died: the hardware and the destination are the same.
+    pub(crate) fn after(self, died: &Self) -> Self {
+        Self { watch: died.watch.clone(), ..self }
     }
 
     fn run(&self) -> MutexGuard<'_, Run> {
@@ -124,6 +151,7 @@ impl Script {
 
     /// Whether this is the place; a crash or a cancel has happened then.
     fn place(&self) -> bool {
+        self.watch.look(self.now());
         let mut run = self.run();
         let here = run.passed == run.at && self.what != What::Nothing;
         run.passed += 1;
@@ -132,6 +160,9 @@ impl Script {
             run.recorded_before = run.journal.len();
             run.cancelled = self.what == What::Cancel;
             run.crashed = self.what == What::Crash;
+            if self.what == What::Delay {
+                self.inline.pause(DELAY);
+            }
         }
         here
     }
@@ -154,18 +185,28 @@ impl Script {
         while !self.run().crashed {
             let Some(job) = self.jobs.lock().unwrap().pop_front() else { break };
             job();
+            self.watch.look(self.now());
         }
     }
 
-    /// Polls an operation to its end. `None`: the process died.
+    /// Polls an operation to its end. `None`: the process died, where it waits for ever.
     pub(crate) fn poll<F: Future>(&self, operation: F) -> Option<F::Output> {
         let mut operation = pin!(operation);
         let mut context = Context::from_waker(Waker::noop());
         for turn in 0..1000 {
+            self.run().due.clear();
             if let Poll::Ready(end) = operation.as_mut().poll(&mut context) {
                 return Some(end);
             }
             if self.run().crashed {
+                return None;
+            }
+            self.watch.look(self.now());
+            let idle = self.jobs.lock().unwrap().is_empty() && !self.run().busy;
+            let first = self.run().due.iter().min().copied();
+            if idle && let Some(first) = first {
+                self.inline.pause(first.saturating_sub(self.now()));
+            } else if idle && self.watch.is_silent() {
                 return None;
             }
             // The operation hears of a cancel before the lane goes on.
@@ -192,17 +233,16 @@ impl Executor for Script {
         self.inline.pause(duration);
     }
 
-    /// Does not end while a lane is at work.
+    /// Ends when it is due, and time does not go on while a lane is at work.
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
         let script = self.clone();
-        let mut sleep = self.inline.sleep(duration);
-        poll_fn(move |context| {
-            let still = {
-                let run = script.run();
-                run.crashed || run.busy
-            };
-            let idle = script.jobs.lock().unwrap().is_empty() && !still;
-            if idle { sleep.as_mut().poll(context) } else { Poll::Pending }
+        let due = self.now().saturating_add(duration);
+        poll_fn(move |_| {
+            if script.now() >= due && !script.run().crashed {
+                return Poll::Ready(());
+            }
+            script.run().due.push(due);
+            Poll::Pending
         })
         .boxed()
     }
@@ -235,6 +275,18 @@ impl Caller for Script {
         if self.run().resume { ready(()).boxed() } else { pending().boxed() }
     }
 
+    fn commit(&self) -> BoxFuture<'_, ()> {
+        async {
+            self.pass().await;
+            let at = self.run().commit_at;
+            match at {
+                Some(at) => self.sleep(at.saturating_sub(self.now())).await,
+                None => pending().await,
+            }
+        }
+        .boxed()
+    }
+
     fn cancelled(&self) -> BoxFuture<'_, BoxError> {
         poll_fn(|_| {
             let cancelled = self.run().cancelled;
@@ -248,8 +300,10 @@ impl Caller for Script {
             if self.what == What::FailMove && self.place() {
                 return Err("the disk of the journal is full".into());
             }
+            self.watch.moves(step, self.now());
             self.pass().await;
             self.run().journal.push(step);
+            self.watch.moved(step);
             self.pass().await;
             Ok(())
         }
@@ -294,7 +348,23 @@ impl StateSink for Scripted {
         self.memory.mark_inconsistent().await
     }
 
+    async fn settle(&mut self, word: Word) -> Settled {
+        let takes = self.script.watch.asked(word);
+        self.script.pass().await;
+        let side = self.script.watch.decide(word);
+        self.script.pass().await;
+        match takes {
+            Some(takes) => self.script.sleep(takes).await,
+            None => pending().await,
+        }
+        match side {
+            Side::There => Settled::There,
+            Side::Here => Settled::Here("its devices are broken".into()),
+        }
+    }
+
     async fn discard(&mut self) -> Result<(), BoxError> {
+        self.script.watch.look(self.script.now());
         self.memory.discard().await
     }
 }
