@@ -9,9 +9,10 @@ use std::{env, fs};
 use protox::prost::Message as _;
 use tonic_prost_build::Config;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "vfio/checkpoint/v1/checkpoint_service.proto",
     "vfio/checkpoint/v1/device_service.proto",
+    "vfio/checkpoint/v1/migration_service.proto",
     "vfio/checkpoint/v1/operation_service.proto",
     "vfio/checkpoint/v1/checkpoint.proto",
     "vfio/checkpoint/v1/device.proto",

@@ -18,24 +18,26 @@ pub trait IdempotentRequest: Message + Clone {
     /// The name of the message, in full.
     const NAME: &'static str;
 
-    /// Clears `request_id` and `validate_only`.
+    /// Clears `request_id`, `validate_only`, and what only opens the door: a ticket is good once, and whoever asks again
+    /// comes with another.
     fn clear_call_fields(&mut self);
 }
 
 macro_rules! idempotent {
-    ($($message:ident),*) => {$(
+    ($($message:ident: $($key:ident)?),*) => {$(
         impl IdempotentRequest for v1::$message {
             const NAME: &'static str = concat!("vfio.checkpoint.v1.", stringify!($message));
 
             fn clear_call_fields(&mut self) {
                 self.request_id.clear();
                 self.validate_only = false;
+                $(self.$key.clear();)?
             }
         }
     )*};
 }
 
-idempotent!(StartSaveRequest, RestoreRequest, ResetDeviceRequest);
+idempotent!(StartSaveRequest:, RestoreRequest:, ResetDeviceRequest:, MigrateRequest: ticket);
 
 /// Digest of all that a request asks for: equal for equal requests, whatever their `request_id`.
 pub fn body_digest<R: IdempotentRequest>(request: &R) -> [u8; 32] {

@@ -13,6 +13,9 @@
 //!   Complete <-------------- Ack{complete} -----------  Completed
 //!
 //!   Abort, from either side, ends it at any point after Opened (and may stand for Opened).
+//!
+//!   Open{resume} ------------------------------------>  resume(): what it expects next, and `complete` again
+//!   resume(next) <------------------ Opened{next} ----  a new connection, the same two sides
 //! ```
 //!
 //! Invariants:
@@ -20,7 +23,8 @@
 //!   table, and nowhere else.
 //! - `complete` is said by the taker after every verified seal, and believed by the giver only after its own last seal
 //!   and with an ack of that.
-//! - An ack never covers what was not sent, and never less than one before.
+//! - An ack never covers what was not sent, and never less than one before. So does a resumption, which is an ack.
+//! - A resumption changes neither side but for that: frames are numbered on, and verified once.
 //! - Whoever gave up ignores what was on its way; any other message after the end is an error.
 //! - The first error is the end: the phase is Failed, and nothing more is taken or made. Only what has ended before stays
 //!   as it ended.
@@ -38,7 +42,7 @@ mod taker;
 pub use error::{MessageKind, Phase, ProtocolError};
 pub use giver::{GiverEvent, GiverSide};
 pub use handshake::{Answer, Dialing, opened, opening};
-pub use taker::{TakerEvent, TakerSide, Took};
+pub use taker::{ACK_INTERVAL_FRAMES, Resumed, TakerEvent, TakerSide, Took};
 
 use crate::domain::{StreamLimits, StreamOpened};
 use crate::ids::StreamId;

@@ -15,6 +15,13 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version(pub u32);
 
+impl Version {
+    /// Whether a giver can go on with a stream of this version after its connection broke.
+    pub fn resumes(self) -> bool {
+        self >= Self(2)
+    }
+}
+
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
@@ -29,8 +36,8 @@ pub struct VersionRange {
 }
 
 impl VersionRange {
-    /// What this build speaks.
-    pub const OURS: Self = Self { min: Version(1), max: Version(1) };
+    /// What this build speaks. Version 2 is version 1 and streams that can be resumed.
+    pub const OURS: Self = Self { min: Version(1), max: Version(2) };
 
     /// The versions from `min` to `max`, both included. None where there are none or `min` is 0.
     pub fn new(min: u32, max: u32) -> Option<Self> {
@@ -114,9 +121,18 @@ mod tests {
     }
 
     #[test]
+    fn the_neighbours_of_this_version_are_spoken_with_and_resume_from_2_on() {
+        for (min, max, agreed) in [(1, 1, 1), (1, 2, 2), (2, 3, 2)] {
+            let theirs = VersionRange::new(min, max).unwrap();
+            assert_eq!(negotiate(VersionRange::OURS, theirs), Ok(Version(agreed)));
+        }
+        assert_eq!([1, 2, 3].map(|version| Version(version).resumes()), [false, true, true]);
+    }
+
+    #[test]
     fn the_refusal_names_both_ranges() {
-        let theirs = VersionRange::new(2, 4).unwrap();
+        let theirs = VersionRange::new(3, 3).unwrap();
         let said = negotiate(VersionRange::OURS, theirs).unwrap_err().to_string();
-        assert!(said.contains("this side speaks 1, the other 2 to 4"), "{said}");
+        assert!(said.contains("this side speaks 1 to 2, the other 3;"), "{said}");
     }
 }

@@ -87,6 +87,7 @@ fn open() -> StreamOpen {
         min_version: 1,
         max_version: 1,
         max_chunk_bytes: 0,
+        resume_stream_id: 0,
     };
     wire.try_into().unwrap()
 }
@@ -106,6 +107,7 @@ fn messages() -> Vec<v1::StreamMessage> {
         version: vfio_checkpoint_proto::version::Version(1),
         stream_id: StreamId(7),
         manifest,
+        next_sequence: 0,
         limits: limits(),
     };
     messages.push(vfio_checkpoint_proto::stream::opened(opened));

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use super::{Invalid, MAX_DURATION};
 use crate::MAX_DEVICES;
 use crate::ids::{DeviceName, IdError, RequestId};
+use crate::version::VersionRange;
 
 /// A generated enum. An unknown number is refused.
 pub(super) fn known<E: TryFrom<i32>>(field: &str, number: i32) -> Result<E, Invalid> {
@@ -136,4 +137,11 @@ pub(super) fn wire_duration(duration: Duration) -> prost_types::Duration {
 /// Bytes where 0 means that there is no limit.
 pub(super) fn limit(bytes: u64) -> Option<u64> {
     (bytes != 0).then_some(bytes)
+}
+
+/// The versions that a peer speaks.
+pub(super) fn versions(min: u32, max: u32) -> Result<VersionRange, Invalid> {
+    VersionRange::new(min, max).ok_or_else(|| {
+        Invalid::new("min_version", format!("{min} to {max} is no range of versions; they begin at 1"))
+    })
 }

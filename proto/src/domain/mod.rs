@@ -19,6 +19,7 @@ mod checks;
 mod device;
 mod frame;
 mod manifest;
+mod migration;
 mod query;
 mod restore;
 mod save;
@@ -27,6 +28,10 @@ mod stream;
 pub use device::{Backend, DataSize, Fingerprint, LogicalDevice};
 pub use frame::{ArmedInterrupts, ConfigSpaceCapture, InterruptKind, Phase, Progress};
 pub use manifest::{DeviceManifest, Manifest, SourceDisposition};
+pub use migration::{
+    AdmitSpec, CommitHandoverSpec, CommitMode, MigrateSpec, MigrationTarget, PrepareSpec, Resolution,
+    ResolveSpec, key_hash, secret,
+};
 pub use query::{
     CheckpointQuery, DirtyReportSpec, DirtyTrackingSpec, Iova, MAX_REPORT_PAGES, OperationQuery, Page,
     PageToken, ResetMode, ResetSpec, WaitSpec, WatchSpec, checkpoint_name, device_name, operation_name,

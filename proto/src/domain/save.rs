@@ -47,6 +47,8 @@ pub enum AfterSave {
     },
     /// They stay stopped.
     StayStopped,
+    /// They stay stopped until the destination of a migration has taken over, and are reset then.
+    HandOver,
 }
 
 /// What to do when pre-copy does not bring the predicted downtime under the limit in time.
@@ -116,24 +118,6 @@ impl TryFrom<v1::StartSaveRequest> for SaveRequestSpec {
     type Error = Invalid;
 
     fn try_from(wire: v1::StartSaveRequest) -> Result<Self, Invalid> {
-        let devices = checks::device_set("devices", &wire.devices)?;
-        let budget = checks::duration("pre_copy_budget", wire.pre_copy_budget)?;
-        let pre_copy = match checks::known("pre_copy", wire.pre_copy)? {
-            v1::PreCopyMode::Unspecified => PreCopy::IfAble { budget },
-            v1::PreCopyMode::Required => PreCopy::Required { budget },
-            v1::PreCopyMode::Never => {
-                without("pre_copy_budget", budget, "pre_copy", "NEVER")?;
-                PreCopy::Never
-            }
-        };
-        let timeout = checks::duration("cutover_timeout", wire.cutover_timeout)?;
-        let cutover = match checks::known("cutover", wire.cutover)? {
-            v1::CutoverMode::Manual => Cutover::Manual { timeout },
-            v1::CutoverMode::Unspecified | v1::CutoverMode::Auto => {
-                without("cutover_timeout", timeout, "cutover", "AUTO")?;
-                Cutover::Auto
-            }
-        };
         let timeout = checks::duration("hold_timeout", wire.hold_timeout)?;
         let after = match checks::known("after", wire.after)? {
             v1::AfterSave::Hold => AfterSave::Hold { timeout },
@@ -146,42 +130,65 @@ impl TryFrom<v1::StartSaveRequest> for SaveRequestSpec {
                 AfterSave::StayStopped
             }
         };
-        let no_convergence = match checks::known("no_convergence", wire.no_convergence)? {
-            v1::NoConvergence::Unspecified | v1::NoConvergence::StopAnyway => NoConvergence::StopAnyway,
-            v1::NoConvergence::Abort => NoConvergence::Abort,
-        };
-        let memory_capture = match checks::known("memory_capture", wire.memory_capture)? {
-            v1::MemoryCapture::Unspecified => {
-                return Err(Invalid::new(
-                    "memory_capture",
-                    "it must be given: device state is of no use without memory from the same moment; \
-                     say NONE where device state alone is wanted",
-                ));
-            }
-            v1::MemoryCapture::None => MemoryCapture::None,
-            v1::MemoryCapture::WhileStopped => MemoryCapture::WhileStopped,
-            v1::MemoryCapture::DirtyTracking => MemoryCapture::DirtyTracking,
-            v1::MemoryCapture::BackgroundSnapshot => MemoryCapture::BackgroundSnapshot,
-            v1::MemoryCapture::PostCopy => MemoryCapture::PostCopy,
-        };
-        Ok(Self {
-            devices,
-            pre_copy,
-            cutover,
-            after,
-            downtime_limit: checks::duration("downtime_limit", wire.downtime_limit)?,
-            no_convergence,
-            max_bytes: checks::limit(wire.max_bytes),
-            allow_unknown_size: wire.allow_unknown_size,
-            memory_capture,
-            viommu: wire.viommu,
-            forbid_all_dirty: wire.forbid_all_dirty,
-            validate_only: wire.validate_only,
-            request_id: checks::request_id(&wire.request_id)?,
-            owner_pod: checks::optional_id("owner_pod", &wire.owner_pod)?,
-            store: checks::optional_id("store", &wire.store)?,
-        })
+        save_parts(wire, after)
     }
+}
+
+/// What a save is asked to do, whatever comes after.
+pub(super) fn save_parts(wire: v1::StartSaveRequest, after: AfterSave) -> Result<SaveRequestSpec, Invalid> {
+    let devices = checks::device_set("devices", &wire.devices)?;
+    let budget = checks::duration("pre_copy_budget", wire.pre_copy_budget)?;
+    let pre_copy = match checks::known("pre_copy", wire.pre_copy)? {
+        v1::PreCopyMode::Unspecified => PreCopy::IfAble { budget },
+        v1::PreCopyMode::Required => PreCopy::Required { budget },
+        v1::PreCopyMode::Never => {
+            without("pre_copy_budget", budget, "pre_copy", "NEVER")?;
+            PreCopy::Never
+        }
+    };
+    let timeout = checks::duration("cutover_timeout", wire.cutover_timeout)?;
+    let cutover = match checks::known("cutover", wire.cutover)? {
+        v1::CutoverMode::Manual => Cutover::Manual { timeout },
+        v1::CutoverMode::Unspecified | v1::CutoverMode::Auto => {
+            without("cutover_timeout", timeout, "cutover", "AUTO")?;
+            Cutover::Auto
+        }
+    };
+    let no_convergence = match checks::known("no_convergence", wire.no_convergence)? {
+        v1::NoConvergence::Unspecified | v1::NoConvergence::StopAnyway => NoConvergence::StopAnyway,
+        v1::NoConvergence::Abort => NoConvergence::Abort,
+    };
+    let memory_capture = match checks::known("memory_capture", wire.memory_capture)? {
+        v1::MemoryCapture::Unspecified => {
+            return Err(Invalid::new(
+                "memory_capture",
+                "it must be given: device state is of no use without memory from the same moment; \
+                     say NONE where device state alone is wanted",
+            ));
+        }
+        v1::MemoryCapture::None => MemoryCapture::None,
+        v1::MemoryCapture::WhileStopped => MemoryCapture::WhileStopped,
+        v1::MemoryCapture::DirtyTracking => MemoryCapture::DirtyTracking,
+        v1::MemoryCapture::BackgroundSnapshot => MemoryCapture::BackgroundSnapshot,
+        v1::MemoryCapture::PostCopy => MemoryCapture::PostCopy,
+    };
+    Ok(SaveRequestSpec {
+        devices,
+        pre_copy,
+        cutover,
+        after,
+        downtime_limit: checks::duration("downtime_limit", wire.downtime_limit)?,
+        no_convergence,
+        max_bytes: checks::limit(wire.max_bytes),
+        allow_unknown_size: wire.allow_unknown_size,
+        memory_capture,
+        viommu: wire.viommu,
+        forbid_all_dirty: wire.forbid_all_dirty,
+        validate_only: wire.validate_only,
+        request_id: checks::request_id(&wire.request_id)?,
+        owner_pod: checks::optional_id("owner_pod", &wire.owner_pod)?,
+        store: checks::optional_id("store", &wire.store)?,
+    })
 }
 
 /// Refuses a time that would never run: its giver expects something else than what was asked for.

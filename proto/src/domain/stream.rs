@@ -28,6 +28,8 @@ pub struct StreamOpen {
     /// The longest chunk that a caller takes. None for the agent's. May be over [`MAX_CHUNK_BYTES`], which no agent
     /// uses.
     pub max_chunk_bytes: Option<u32>,
+    /// The stream that a giver resumes. None for a new stream.
+    pub resume: Option<StreamId>,
 }
 
 impl TryFrom<v1::StreamOpen> for StreamOpen {
@@ -56,7 +58,20 @@ impl TryFrom<v1::StreamOpen> for StreamOpen {
             }
             bytes => Some(bytes),
         };
-        Ok(Self { operation: checks::id("operation", &wire.operation)?, role, versions, max_chunk_bytes })
+        let resume = match (wire.resume_stream_id, role) {
+            (0, _) => None,
+            (_, StreamRole::Taker) => {
+                let problem = "a taker gives it; only a giver resumes a stream";
+                return Err(Invalid::new("resume_stream_id", problem));
+            }
+            (_, StreamRole::Giver) if !versions.max().resumes() => {
+                let problem = format!("version 2 resumes a stream, and the caller speaks {versions}");
+                return Err(Invalid::new("resume_stream_id", problem));
+            }
+            (stream, StreamRole::Giver) => Some(StreamId(stream)),
+        };
+        let operation = checks::id("operation", &wire.operation)?;
+        Ok(Self { operation, role, versions, max_chunk_bytes, resume })
     }
 }
 
@@ -72,6 +87,7 @@ impl From<StreamOpen> for v1::StreamOpen {
             min_version: open.versions.min().0,
             max_version: open.versions.max().0,
             max_chunk_bytes: open.max_chunk_bytes.unwrap_or(0),
+            resume_stream_id: open.resume.map_or(0, |stream| stream.0),
         }
     }
 }
@@ -143,6 +159,36 @@ pub struct StreamOpened {
     pub manifest: Manifest,
     /// What may be sent.
     pub limits: StreamLimits,
+    /// The frame that the taker expects next: 0 of a new stream.
+    pub next_sequence: u64,
+}
+
+impl StreamOpened {
+    /// Whether this can be the answer to `open`: a version and a chunk that were offered, and the stream that was asked
+    /// for.
+    pub fn answers(&self, open: &StreamOpen) -> Result<(), Invalid> {
+        if let Some(max) = open.max_chunk_bytes
+            && self.limits.max_chunk_bytes > max
+        {
+            let problem = format!("it is {}, and at most {max} was asked for", self.limits.max_chunk_bytes);
+            return Err(Invalid::new("limits.max_chunk_bytes", problem));
+        }
+        match open.resume {
+            Some(_) if !self.version.resumes() => {
+                let problem = format!("it is {}, which resumes no stream, and one was to be", self.version);
+                Err(Invalid::new("version", problem))
+            }
+            Some(stream) if self.stream_id != stream => {
+                let problem = format!("it is {}, and {stream} was to be resumed", self.stream_id);
+                Err(Invalid::new("stream_id", problem))
+            }
+            None if self.next_sequence != 0 => {
+                let problem = format!("it is {}, and a new stream begins with 0", self.next_sequence);
+                Err(Invalid::new("next_sequence", problem))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
 }
 
 impl TryFrom<v1::StreamOpened> for StreamOpened {
@@ -159,6 +205,7 @@ impl TryFrom<v1::StreamOpened> for StreamOpened {
             stream_id: StreamId(wire.stream_id),
             manifest: manifest.try_into().map_err(|invalid: Invalid| invalid.within("manifest"))?,
             limits: limits.try_into().map_err(|invalid: Invalid| invalid.within("limits"))?,
+            next_sequence: wire.next_sequence,
         })
     }
 }
@@ -170,6 +217,7 @@ impl From<StreamOpened> for v1::StreamOpened {
             stream_id: opened.stream_id.0,
             manifest: Some(opened.manifest.into()),
             limits: Some(opened.limits.into()),
+            next_sequence: opened.next_sequence,
         }
     }
 }

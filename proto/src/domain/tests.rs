@@ -10,6 +10,8 @@ use super::*;
 use crate::ids::{Epoch, StreamId};
 use crate::{MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, MIN_CHUNK_BYTES, v1};
 
+mod migration;
+
 const ID: &str = "00112233445566778899aabbccddeeff";
 const UUID: &str = "1b4e28ba-2fa1-41d2-883f-0016d3cca427";
 
@@ -63,6 +65,7 @@ fn open() -> v1::StreamOpen {
         min_version: 1,
         max_version: 2,
         max_chunk_bytes: 0,
+        resume_stream_id: 0,
     }
 }
 
@@ -74,7 +77,13 @@ fn opened() -> v1::StreamOpened {
         lifetime: seconds(604_800),
         ack_interval_bytes: 1,
     };
-    v1::StreamOpened { version: 1, stream_id: u64::MAX, manifest: Some(manifest()), limits: Some(limits) }
+    v1::StreamOpened {
+        version: 1,
+        stream_id: u64::MAX,
+        manifest: Some(manifest()),
+        limits: Some(limits),
+        next_sequence: 0,
+    }
 }
 
 /// The path that a refusal names, and the change that brings it about.
@@ -268,6 +277,12 @@ fn streams_that_are_refused_name_the_field() {
             ("min_version", |m| m.min_version = 0),
             ("min_version", |m| m.min_version = 3),
             ("max_chunk_bytes", |m| m.max_chunk_bytes = MIN_CHUNK_BYTES - 1),
+            ("resume_stream_id", |m| m.resume_stream_id = 7),
+            ("resume_stream_id", |m| {
+                m.role = v1::StreamRole::Giver.into();
+                m.max_version = 1;
+                m.resume_stream_id = 7;
+            }),
         ],
     );
     refusals::<_, StreamOpened>(
@@ -286,6 +301,9 @@ fn streams_that_are_refused_name_the_field() {
             ("limits.ack_interval_bytes", |m| m.limits.as_mut().unwrap().ack_interval_bytes = 0),
         ],
     );
+    let giver = v1::StreamOpen { role: v1::StreamRole::Giver.into(), resume_stream_id: 7, ..open() };
+    assert_eq!(StreamOpen::try_from(giver.clone()).unwrap().resume, Some(StreamId(7)));
+    assert_eq!(v1::StreamOpen::from(StreamOpen::try_from(giver.clone()).unwrap()), giver);
     let most = v1::StreamOpen { max_chunk_bytes: u32::MAX, ..open() };
     assert_eq!(StreamOpen::try_from(most).unwrap().max_chunk_bytes, Some(u32::MAX));
 }

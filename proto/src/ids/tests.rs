@@ -103,3 +103,46 @@ fn serde_is_the_text_and_validates() {
     assert_eq!(read("devices/a").unwrap().as_str(), "devices/a");
     assert!(read("devices/A").unwrap_err().to_string().contains("'A' at byte 0"));
 }
+
+#[test]
+fn the_hash_of_a_key_is_64_digits_and_nothing_else() {
+    // Every byte in every place, so that no digit and no order is lost.
+    for at in 0..32 {
+        for byte in 0..=u8::MAX {
+            let mut bytes = [0x5a; 32];
+            bytes[at] = byte;
+            let hash = KeyHash(bytes);
+            let text = hash.to_string();
+            assert_eq!((text.len(), &text[2 * at..2 * at + 2]), (64, format!("{byte:02x}").as_str()));
+            assert_eq!(text.parse::<KeyHash>().unwrap(), hash);
+            assert_eq!(text.to_uppercase().parse::<KeyHash>().unwrap(), hash);
+        }
+    }
+    assert_eq!(format!("{:?}", KeyHash([0xab; 32])), format!("KeyHash({})", "ab".repeat(32)));
+    assert_eq!(String::from(KeyHash([1; 32])), "01".repeat(32));
+    assert_eq!(KeyHash::try_from("01".repeat(32)).unwrap(), KeyHash([1; 32]));
+    let good = "0f".repeat(32);
+    for bad in [
+        String::new(),
+        good[1..].to_owned(),
+        format!("{good}0"),
+        format!("0x{}", &good[2..]),
+        // A sign is a digit for whatever parses numbers.
+        format!("+f{}", &good[2..]),
+        format!("-f{}", &good[2..]),
+        format!(" f{}", &good[2..]),
+        format!("{}g", &good[1..]),
+        // As many bytes, and not as many letters.
+        format!("\u{e9}{}", &good[2..]),
+        "\u{1b}[2J".repeat(16),
+    ] {
+        let said = problem::<KeyHash>(&bad);
+        assert!(said.contains("hexadecimal digits") && !said.contains('\u{1b}'), "{bad:?}: {said}");
+    }
+    assert!(problem::<KeyHash>(&"f".repeat(1_000_000)).len() < 1000);
+}
+
+#[test]
+fn a_ticket_keeps_its_bytes_to_itself() {
+    assert_eq!(format!("{:?}", Ticket([7; Ticket::BYTES])), "Ticket(..)");
+}

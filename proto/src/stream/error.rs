@@ -163,6 +163,18 @@ pub enum ProtocolError {
         /// What was.
         before: u64,
     },
+    /// A stream is to go on with a frame that cannot be the next.
+    #[error(
+        "the stream is to go on with frame {next_sequence}; {acked} were acknowledged and {sent} sent before"
+    )]
+    ResumeOutOfRange {
+        /// What the taker expects next.
+        next_sequence: u64,
+        /// What was acknowledged.
+        acked: u64,
+        /// What was sent.
+        sent: u64,
+    },
     /// `complete` before everything was given, or without an ack of all of it.
     #[error("the taker says that it has all state after {acked} frames; {sent} were sent so far, and {rest}")]
     CompleteTooEarly {

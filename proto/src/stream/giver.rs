@@ -106,6 +106,18 @@ impl GiverSide {
         }
     }
 
+    /// The stream goes on over a new connection, on which the taker has said what it expects next. Whatever was made from
+    /// there on is to be sent again, as it was. What was on its way on the old connection is not to be handed in any more.
+    pub fn resume(&mut self, next_sequence: u64) -> Result<(), ProtocolError> {
+        self.ready("resuming")?;
+        let (acked, sent) = (self.acked, self.framer.next_sequence());
+        if next_sequence < acked || next_sequence > sent {
+            return Err(self.fail(ProtocolError::ResumeOutOfRange { next_sequence, acked, sent }));
+        }
+        self.acked = next_sequence;
+        Ok(())
+    }
+
     /// A message from the taker.
     pub fn receive(&mut self, message: v1::StreamMessage) -> Result<GiverEvent, ProtocolError> {
         match self.heard(message) {

@@ -2,7 +2,7 @@
 
 use super::error::kind_of;
 use super::{MessageKind, Phase, ProtocolError, message, reason};
-use crate::domain::{Invalid, StreamOpen, StreamOpened};
+use crate::domain::{StreamOpen, StreamOpened};
 use crate::v1;
 use crate::v1::stream_message::Kind;
 use crate::version::{NoCommonVersion, Version, VersionRange, negotiate};
@@ -54,14 +54,8 @@ impl Dialing {
             let theirs = VersionRange::new(opened.version.0, opened.version.0).unwrap_or(VersionRange::OURS);
             return Err(NoCommonVersion { ours: self.open.versions, theirs }.into());
         }
-        match self.open.max_chunk_bytes {
-            Some(max) if opened.limits.max_chunk_bytes > max => {
-                let problem =
-                    format!("it is {}, and at most {max} was asked for", opened.limits.max_chunk_bytes);
-                Err(invalid(Invalid::new("limits.max_chunk_bytes", problem)))
-            }
-            Some(_) | None => Ok(opened),
-        }
+        opened.answers(&self.open).map_err(invalid)?;
+        Ok(opened)
     }
 }
 

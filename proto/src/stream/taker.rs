@@ -29,6 +29,19 @@ pub struct Took {
     pub reply: Option<v1::StreamMessage>,
 }
 
+/// Where a stream goes on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resumed {
+    /// What is expected next: for the answer to Open.
+    pub next_sequence: u64,
+    /// What is to be said once more after that answer: `complete`, which the giver may not have heard.
+    pub again: Option<v1::StreamMessage>,
+}
+
+/// An Ack comes after at most this many frames, so that whoever keeps frames for their resumption knows how many. They
+/// may be short, or carry no state.
+pub const ACK_INTERVAL_FRAMES: u64 = 1024;
+
 /// The side that takes state.
 #[derive(Debug)]
 pub struct TakerSide {
@@ -37,6 +50,7 @@ pub struct TakerSide {
     phase: Phase,
     ack_interval_bytes: u64,
     unacked_bytes: u64,
+    unacked_frames: u64,
 }
 
 impl TakerSide {
@@ -49,6 +63,7 @@ impl TakerSide {
             phase: Phase::Taking,
             ack_interval_bytes: session.limits.ack_interval_bytes,
             unacked_bytes: 0,
+            unacked_frames: 0,
         };
         side.note_seals();
         side
@@ -79,6 +94,26 @@ impl TakerSide {
             | Phase::Giving
             | Phase::Given) => Err(ProtocolError::NotNow { call: "completing", phase }),
         }
+    }
+
+    /// The stream goes on over a new connection: what its giver is to be told first. What is still on its way on the old
+    /// one is not to be handed in any more.
+    pub fn resume(&mut self) -> Result<Resumed, ProtocolError> {
+        let next_sequence = self.verifier.next_sequence();
+        let again = match self.phase {
+            Phase::Taking | Phase::Taken => None,
+            Phase::Complete => Some(self.ack(true)),
+            phase @ (Phase::Aborted
+            | Phase::Abandoned
+            | Phase::Failed
+            | Phase::AwaitingOpen
+            | Phase::AwaitingOpened
+            | Phase::Giving
+            | Phase::Given) => return Err(ProtocolError::NotNow { call: "resuming", phase }),
+        };
+        // The answer to Open is an Ack.
+        (self.unacked_bytes, self.unacked_frames) = (0, 0);
+        Ok(Resumed { next_sequence, again })
     }
 
     /// The message that asks for the devices to be stopped. It may be sent again.
@@ -188,14 +223,16 @@ impl TakerSide {
         if let Accepted::Chunk { chunk, .. } = &accepted {
             self.unacked_bytes = self.unacked_bytes.saturating_add(chunk.bytes().len() as u64);
         }
+        self.unacked_frames += 1;
         self.note_seals();
-        let due = self.unacked_bytes >= self.ack_interval_bytes;
+        let due = self.unacked_bytes >= self.ack_interval_bytes || self.unacked_frames >= ACK_INTERVAL_FRAMES;
         let reply = due.then(|| self.ack(false));
         Ok(Took { event: TakerEvent::Frame(accepted), reply })
     }
 
     fn ack(&mut self, complete: bool) -> v1::StreamMessage {
         self.unacked_bytes = 0;
+        self.unacked_frames = 0;
         message(Kind::Ack(v1::StreamAck { next_sequence: self.verifier.next_sequence(), complete }))
     }
 

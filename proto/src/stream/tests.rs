@@ -1,5 +1,7 @@
 //! Every phase with every message and every call, as tables; then what the tables do not show.
 
+mod resume;
+
 use std::fmt::Write as _;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -42,7 +44,7 @@ fn opened_answer() -> StreamOpened {
         devices: vec![device],
         source_disposition: SourceDisposition::RunsOn,
     };
-    StreamOpened { version: Version(1), stream_id: StreamId(7), manifest, limits: LIMITS }
+    StreamOpened { version: Version(1), stream_id: StreamId(7), manifest, limits: LIMITS, next_sequence: 0 }
 }
 
 fn open(role: StreamRole) -> StreamOpen {
@@ -51,6 +53,7 @@ fn open(role: StreamRole) -> StreamOpen {
         role,
         versions: VersionRange::OURS,
         max_chunk_bytes: None,
+        resume: None,
     }
 }
 
@@ -152,6 +155,7 @@ fn verdict(error: &ProtocolError) -> String {
         | ProtocolError::Give(_)
         | ProtocolError::AckBeyondSent { .. }
         | ProtocolError::AckWentBack { .. }
+        | ProtocolError::ResumeOutOfRange { .. }
         | ProtocolError::CompleteTooEarly { .. }
         | ProtocolError::NotNow { .. }
         | ProtocolError::Unfinished { .. }
@@ -219,12 +223,18 @@ fn every_phase_with_every_call() {
     row(&mut table, "chunk", GIVER.map(|p| result(side(p).chunk(0, Bytes::from_static(b"d")).map(|_| ()))));
     row(&mut table, "progress", GIVER.map(|p| result(side(p).progress(progress()).map(|_| ()))));
     row(&mut table, "seal", GIVER.map(|p| result(side(p).seal(0, None).map(|_| ()))));
+    row(&mut table, "resume", GIVER.map(|p| result(side(p).resume(1))));
     row(&mut table, "abort", GIVER.map(|p| sent(side(p).abort("enough"))));
     row(&mut table, "closed", GIVER.map(|p| result(side(p).closed())));
     row(&mut table, "taker", TAKER.map(|phase| format!("{phase:?}")));
     let side = |phase| taker_in(phase, Job::ManualSave);
     row(&mut table, "complete", TAKER.map(|p| result(side(p).complete().map(|_| ()))));
     row(&mut table, "cutover", TAKER.map(|p| result(side(p).cutover().map(|_| ()))));
+    let resumed = |resumed: Result<Resumed, ProtocolError>| match resumed {
+        Ok(Resumed { again: Some(_), .. }) => "says complete".into(),
+        other => result(other.map(drop)),
+    };
+    row(&mut table, "resume", TAKER.map(|p| resumed(side(p).resume())));
     row(&mut table, "abort", TAKER.map(|p| sent(side(p).abort("enough"))));
     row(&mut table, "closed", TAKER.map(|p| result(side(p).closed())));
     assert_eq!(table, include_str!("tests/calls.txt"), "\n{table}");
@@ -350,7 +360,7 @@ fn the_answer_must_fit_what_was_asked_for() {
     let ask = |max_chunk_bytes| {
         let (dialing, first) = Dialing::new(StreamOpen { max_chunk_bytes, ..open(StreamRole::Taker) });
         let (heard, version) = opening(first).unwrap();
-        assert_eq!((heard.max_chunk_bytes, version), (max_chunk_bytes, Version(1)));
+        assert_eq!((heard.max_chunk_bytes, version), (max_chunk_bytes, Version(2)));
         dialing
     };
     let answer = |max_chunk_bytes| {
@@ -366,12 +376,12 @@ fn the_answer_must_fit_what_was_asked_for() {
     };
     assert_eq!(source.field, "limits.max_chunk_bytes");
     let Err(ProtocolError::Version(refused)) =
-        ask(None).answered(opened(StreamOpened { version: Version(2), ..opened_answer() }))
+        ask(None).answered(opened(StreamOpened { version: Version(3), ..opened_answer() }))
     else {
         panic!()
     };
-    assert_eq!((refused.ours, refused.theirs), (VersionRange::OURS, VersionRange::new(2, 2).unwrap()));
-    let newer = StreamOpen { versions: VersionRange::new(2, 3).unwrap(), ..open(StreamRole::Giver) };
+    assert_eq!((refused.ours, refused.theirs), (VersionRange::OURS, VersionRange::new(3, 3).unwrap()));
+    let newer = StreamOpen { versions: VersionRange::new(3, 4).unwrap(), ..open(StreamRole::Giver) };
     assert!(matches!(opening(Dialing::new(newer).1), Err(ProtocolError::Version(_))));
     let Err(ProtocolError::Invalid { source, .. }) = opening(message(Kind::Open(v1::StreamOpen {
         operation: "operations/o".into(),
