@@ -25,12 +25,12 @@ use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::network::{Network, Tcp};
 use crate::socket::{Socket, socket, write_in_large_steps};
 use crate::tls::{self, Explanation, ServerCheck};
 
@@ -58,6 +58,8 @@ pub struct ConnectOptions {
     pub keepalive_interval: Duration,
     /// The connection is given up when a ping is not answered for this long.
     pub keepalive_timeout: Duration,
+    /// What leads to the agent: the machine's own network, unless told otherwise.
+    pub network: Arc<dyn Network>,
 }
 
 impl ConnectOptions {
@@ -70,6 +72,7 @@ impl ConnectOptions {
             connect_timeout: Duration::from_secs(10),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(10),
+            network: Arc::new(Tcp),
         }
     }
 }
@@ -105,9 +108,10 @@ pub(crate) async fn connect(
     let standing = Arc::new(standing);
     let reconnect = {
         let (target, standing, tls) = (target.clone(), standing.clone(), options.tls.clone());
-        let limit = options.connect_timeout;
+        let (network, limit) = (Arc::clone(&options.network), options.connect_timeout);
         move |_: Uri| {
             let (target, standing, tls) = (target.clone(), standing.clone(), tls.clone());
+            let network = Arc::clone(&network);
             async move {
                 // A failure stands until the agent has spoken again: whoever asks why must not find it overwritten.
                 standing.send_if_modified(|standing| {
@@ -117,7 +121,7 @@ pub(crate) async fn connect(
                     }
                     was_accepted
                 });
-                match open(&target, tls, limit).await {
+                match open(&*network, &target, tls, limit).await {
                     Ok(stream) => Ok(TokioIo::new(Gate {
                         stream,
                         target,
@@ -211,22 +215,23 @@ impl Target {
 
 type TlsStream = tokio_rustls::client::TlsStream<Socket>;
 
-async fn open(target: &Target, tls: Arc<ClientConfig>, limit: Duration) -> Result<TlsStream, ConnectError> {
+async fn open(
+    network: &dyn Network,
+    target: &Target,
+    tls: Arc<ClientConfig>,
+    limit: Duration,
+) -> Result<TlsStream, ConnectError> {
     let deadline = Instant::now() + limit;
-    let found = timeout_at(deadline, lookup_host((target.host.as_str(), target.port)))
+    let found = timeout_at(deadline, network.resolve(&target.host, target.port))
         .await
         .map_err(|_| target.timed_out("looking up its name", limit))?;
     let unknown =
         |source: io::Error| ConnectError::UnknownHost { host: target.host.clone(), source: Arc::new(source) };
-    let addresses: Vec<SocketAddr> = found.map_err(unknown)?.collect();
+    let addresses = found.map_err(unknown)?;
     let mut last = unknown(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
     for address in addresses {
-        match timeout_at(deadline, TcpStream::connect(address)).await {
-            Ok(Ok(tcp)) => {
-                let unset = |source| ConnectError::Unreachable { address, source: Arc::new(source) };
-                let socket = socket(tcp).map_err(unset)?;
-                return handshake(target, tls, socket, deadline, limit).await;
-            }
+        match timeout_at(deadline, network.connect(address)).await {
+            Ok(Ok(stream)) => return handshake(target, tls, socket(stream), deadline, limit).await,
             Ok(Err(source)) if source.kind() == io::ErrorKind::ConnectionRefused => {
                 last = ConnectError::Refused { address };
             }

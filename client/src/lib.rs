@@ -5,12 +5,13 @@
 //!                              -> transfer (the two halves of a stream of state) -> folder (a checkpoint on disk)
 //! ```
 //!
-//! The agent uses `transfer` and `tls` too: a peer agent is just another client.
+//! The agent uses `network`, `transfer` and `tls` too: a peer agent is just another client.
 
 pub mod call;
 pub mod connect;
 pub mod document;
 pub mod folder;
+pub mod network;
 pub mod socket;
 pub mod tls;
 pub mod transfer;

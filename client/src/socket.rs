@@ -10,25 +10,22 @@
 //! Invariants: nothing is held back: what is here is read, and what is written is sent at once. The memory is bounded
 //! by both sizes, and of what is not used nothing is touched.
 
-use std::io;
-
 use rustls::ConnectionCommon;
 use tokio::io::BufReader;
-use tokio::net::TcpStream;
+
+use crate::network::BoxStream;
 
 /// What one call reads at most: four records, which stay in a core's cache until they are decrypted.
 const READ_BYTES: usize = 64 << 10;
 /// What waits encrypted at most, and is so written with one call.
 const WRITE_BYTES: usize = 256 << 10;
 
-/// A TCP connection that is read in large steps.
-pub type Socket = BufReader<TcpStream>;
+/// A connection that is read in large steps.
+pub type Socket = BufReader<BoxStream>;
 
-/// Prepares a TCP connection for TLS.
-pub fn socket(tcp: TcpStream) -> io::Result<Socket> {
-    // Frames are written whole; waiting for more would only delay them.
-    tcp.set_nodelay(true)?;
-    Ok(BufReader::with_capacity(READ_BYTES, tcp))
+/// Prepares a connection for TLS.
+pub fn socket(stream: BoxStream) -> Socket {
+    BufReader::with_capacity(READ_BYTES, stream)
 }
 
 /// Has a TLS session write in large steps, once its handshake is over.

@@ -31,12 +31,13 @@ use tonic_health::pb::health_client::HealthClient;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::checkpoint_service_client::CheckpointServiceClient;
 use vfio_checkpoint_proto::v1::device_service_client::DeviceServiceClient;
+use vfio_checkpoint_proto::v1::migration_service_client::MigrationServiceClient;
 use vfio_checkpoint_proto::v1::operation_service_client::OperationServiceClient;
 
 pub use error::{CallError, FieldProblem, Refusal, Violation, code_name, printable};
 pub use health::{Health, Serving};
 pub use ids::{BadTraceParent, TraceParent, new_request_id};
-pub use retry::RetryPolicy;
+pub use retry::{Jitter, RetryPolicy};
 
 use crate::connect::{self, ConnectError, ConnectOptions, Standing};
 
@@ -47,13 +48,20 @@ pub struct CallOptions {
     pub deadline: Duration,
     /// When it is made again.
     pub retry: RetryPolicy,
+    /// What spreads callers that failed together.
+    pub jitter: Jitter,
     /// The trace that calls belong to.
     pub trace: Option<TraceParent>,
 }
 
 impl Default for CallOptions {
     fn default() -> Self {
-        Self { deadline: Duration::from_secs(30), retry: RetryPolicy::default(), trace: None }
+        Self {
+            deadline: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
+            jitter: Jitter::default(),
+            trace: None,
+        }
     }
 }
 
@@ -125,6 +133,32 @@ unary! {
     /// Deletes a checkpoint. It is never repeated: where an answer was lost, the next would say that there is none.
     CheckpointServiceClient.delete_checkpoint = "DeleteCheckpoint"
         (DeleteCheckpointRequest) -> DeleteCheckpointResponse, repeatable: |_request| false;
+    /// Who an agent is.
+    MigrationServiceClient.get_agent = "GetAgent" (GetAgentRequest) -> GetAgentResponse,
+        repeatable: |_request| true;
+    /// Asks a destination to let a source in. Repeated, it makes a second ticket, and nobody uses the first.
+    MigrationServiceClient.admit = "Admit" (AdmitRequest) -> AdmitResponse, repeatable: |_request| true;
+    /// Moves devices to another agent.
+    MigrationServiceClient.migrate = "Migrate" (MigrateRequest) -> MigrateResponse,
+        repeatable: |request| request.validate_only || !request.request_id.is_empty();
+    /// Lets the destination of a migration run the devices.
+    MigrationServiceClient.commit = "Commit" (CommitRequest) -> CommitResponse, repeatable: |_request| false;
+    /// Says that whoever uses the devices of an arrival is ready.
+    MigrationServiceClient.ready = "Ready" (ReadyRequest) -> ReadyResponse, repeatable: |_request| false;
+    /// Ends a migration that is in doubt.
+    MigrationServiceClient.resolve = "Resolve" (ResolveRequest) -> ResolveResponse,
+        repeatable: |request| request.validate_only;
+    /// From agent to agent: leases the devices of a ticket.
+    MigrationServiceClient.prepare = "Prepare" (PrepareRequest) -> PrepareResponse, repeatable: |_request| true;
+    /// From agent to agent: run the devices. The answer is the same however often it is asked for.
+    MigrationServiceClient.commit_handover = "CommitHandover" (CommitHandoverRequest) -> CommitHandoverResponse,
+        repeatable: |_request| true;
+    /// From agent to agent: the source gives up.
+    MigrationServiceClient.abandon_handover = "AbandonHandover" (AbandonHandoverRequest) -> AbandonHandoverResponse,
+        repeatable: |_request| true;
+    /// What a destination has on record.
+    MigrationServiceClient.get_handover = "GetHandover" (GetHandoverRequest) -> GetHandoverResponse,
+        repeatable: |_request| true;
     /// Reads one operation.
     OperationServiceClient.get_operation = "GetOperation" (GetOperationRequest) -> GetOperationResponse,
         repeatable: |_request| true;
@@ -266,14 +300,21 @@ impl Client {
         let deadline = Instant::now() + limit;
         let is_refused =
             || matches!(&*self.standing.borrow(), Standing::Failed(error) if error.is_about_the_caller());
-        let attempts = retry::retry(&self.options.retry, deadline, is_repeatable, is_refused, || {
-            let mut request = self.request(message.clone());
-            if has_wire_deadline {
-                // The agent is told what is left, not what there was. A stream lives on, so it is told nothing.
-                request.set_timeout(deadline.saturating_duration_since(Instant::now()));
-            }
-            call(request)
-        });
+        let attempts = retry::retry(
+            &self.options.retry,
+            &self.options.jitter,
+            deadline,
+            is_repeatable,
+            is_refused,
+            || {
+                let mut request = self.request(message.clone());
+                if has_wire_deadline {
+                    // The agent is told what is left, not what there was. A stream lives on, so it is told nothing.
+                    request.set_timeout(deadline.saturating_duration_since(Instant::now()));
+                }
+                call(request)
+            },
+        );
         match timeout_at(deadline, attempts).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(_)) if Instant::now() >= deadline => Err(CallError::Deadline { rpc, after: limit }),

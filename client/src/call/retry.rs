@@ -10,7 +10,9 @@
 //! not come back together. A program that waits for nobody can have what is in the way told at once, also where it may
 //! pass: see [`RetryPolicy::repeat_blocked`].
 
+use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
@@ -58,10 +60,34 @@ impl RetryPolicy {
     }
 }
 
+/// Where the jitter of pauses comes from: uniform over all of its values. The machine's randomness, unless told otherwise.
+#[derive(Clone)]
+pub struct Jitter(Arc<dyn Fn() -> u32 + Send + Sync>);
+
+impl Jitter {
+    /// Jitter from `draw`, for a run that is to be repeated exactly.
+    pub fn from_fn(draw: impl Fn() -> u32 + Send + Sync + 'static) -> Self {
+        Self(Arc::new(draw))
+    }
+}
+
+impl Default for Jitter {
+    fn default() -> Self {
+        Self::from_fn(random_u32)
+    }
+}
+
+impl fmt::Debug for Jitter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Jitter")
+    }
+}
+
 /// Calls `once` until it works, fails for good, or time is up. `is_refused` tells whether the last connection was refused for
 /// what the caller is, which no repetition changes.
 pub(super) async fn retry<T, F>(
     policy: &RetryPolicy,
+    jitter: &Jitter,
     deadline: Instant,
     is_repeatable: bool,
     is_refused: impl Fn() -> bool,
@@ -84,7 +110,7 @@ where
             return Err(status);
         }
         let asked = status.get_details_retry_info().and_then(|info| info.retry_delay);
-        let pause = policy.pause(failed, asked, random_u32());
+        let pause = policy.pause(failed, asked, (jitter.0)());
         if Instant::now() + pause >= deadline {
             return Err(status);
         }

@@ -11,54 +11,78 @@
 //! work on its checkpoint is the caller's to limit, with [`Giver::completed_within`].
 //!
 //! Invariants: a frame is made only when there is room for it, so a call that is dropped leaves no gap in the numbers.
-//! A giver is complete only after the taker said so, of every frame and every seal.
+//! A giver is complete only after the taker said so, of every frame and every seal. One that is [`Giver::resumable`] keeps
+//! each frame until it is acknowledged, and sends it again, as it was, where the taker has not got it.
 //!
 //! Failure paths: [`TransferError`]. Whoever gives must say something within the taker's `idle_timeout`: while a device
 //! brings out nothing, send [`Giver::progress`].
 
-use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::mpsc::OwnedPermit;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_stream::StreamExt;
 use vfio_checkpoint_proto::domain::{ConfigSpaceCapture, Progress};
 use vfio_checkpoint_proto::stream::{GiverEvent, GiverSide, Job, Phase};
 use vfio_checkpoint_proto::v1::StreamMessage;
 use vfio_checkpoint_seal::{Seal, SealMismatch};
 
 use super::error::TransferError;
-use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
+use super::line::{Heard, Kept, Line, Room, Step, Want};
+use super::link::{self, Clock, Link, LinkError, Terms};
+use super::redial::{Redial, Redialer};
+use super::spool::Spool;
 
 /// The half that gives state.
 pub struct Giver {
-    incoming: Incoming,
-    outgoing: Option<mpsc::Sender<StreamMessage>>,
-    clock: Clock,
-    side: GiverSide,
-    terms: Terms,
+    pub(super) line: Line,
+    pub(super) clock: Clock,
+    pub(super) side: GiverSide,
+    pub(super) terms: Terms,
+    /// Of a giver whose stream can be resumed.
+    pub(super) kept: Option<Kept>,
     cutover: watch::Sender<bool>,
-}
-
-enum Event {
-    Heard(Option<Result<StreamMessage, LinkError>>),
-    Room(OwnedPermit<StreamMessage>),
-    NobodySends,
 }
 
 impl Giver {
     /// A giver on a link after its handshake. Its lifetime begins now.
     pub fn new(link: Link, terms: Terms) -> Self {
         Self {
-            incoming: link.incoming,
-            outgoing: Some(link.outgoing),
+            line: Line::up(link),
             clock: Clock::start(&terms.limits),
             side: GiverSide::new(&terms.session(Job::AutoSave)),
             terms,
+            kept: None,
             cutover: watch::Sender::new(false),
         }
+    }
+
+    /// Where its connection breaks this giver dials again, for as long as `window`, and goes on out of its spool; what is
+    /// given meanwhile goes into that, as far as there is room. Only before anything was given. With a taker that speaks
+    /// version 1 it changes nothing.
+    pub fn resumable(
+        mut self,
+        spool: Spool,
+        redial: Box<dyn Redial>,
+        window: Duration,
+    ) -> Result<Self, TransferError> {
+        if self.terms.version.resumes() {
+            spool.check(&self.terms.limits)?;
+            self.kept = Some(Kept::new(spool, Redialer::new(redial, window)));
+        }
+        Ok(self)
+    }
+
+    /// Bytes of state that were sent more than once.
+    pub fn resent_bytes(&self) -> u64 {
+        self.resent().bytes()
+    }
+
+    /// The same for whoever watches. Zero for ever, where the stream cannot be resumed.
+    pub fn resent(&self) -> Resent {
+        self.kept.as_ref().map(|kept| kept.resent.clone()).unwrap_or_default()
     }
 
     /// The taker may say Cutover: this is a save with MANUAL cutover. Otherwise it breaks the protocol with it. Only before
@@ -79,26 +103,32 @@ impl Giver {
         self.side.acked()
     }
 
-    /// Gives the next state of a device, in one frame or several. Returns when the last is queued. Not cancel-safe: of
-    /// what was not sent nothing is kept, so a call that is dropped leaves only [`Giver::abort`].
+    /// Gives the next state of a device, in one frame or several. Returns when the last is queued, or kept where the
+    /// connection is down. Not cancel-safe: of what was not sent nothing is kept, so a call that is dropped leaves only
+    /// [`Giver::abort`].
     pub async fn chunk(&mut self, device: usize, mut state: Bytes) -> Result<(), TransferError> {
         while !state.is_empty() {
-            let room = self.room().await?;
             let longest = self.terms.limits.max_chunk_bytes.max(1) as usize;
-            let piece = state.split_to(state.len().min(longest));
+            let bytes = state.len().min(longest);
+            let room = self.room(bytes).await?;
+            let piece = state.split_to(bytes);
             // There is one message: the piece is no longer than a chunk.
-            if let Some(message) = self.side.chunk(device, piece).map_err(TransferError::Protocol)?.next() {
-                room.send(message);
+            let message = self.side.chunk(device, piece).map_err(TransferError::Protocol)?.next();
+            if let Some(message) = message {
+                self.send(room, message, bytes).await?;
             }
         }
         Ok(())
     }
 
-    /// Says how far this side is. Cancel-safe.
+    /// Says how far this side is, unless there is nobody to hear it now. Cancel-safe.
     pub async fn progress(&mut self, progress: Progress) -> Result<(), TransferError> {
-        let room = self.room().await?;
-        room.send(self.side.progress(progress).map_err(TransferError::Protocol)?);
-        Ok(())
+        if matches!(self.line, Line::Down(_)) {
+            return Ok(());
+        }
+        let room = self.room(0).await?;
+        let message = self.side.progress(progress).map_err(TransferError::Protocol)?;
+        self.send(room, message, 0).await
     }
 
     /// Ends a device's state, and returns its seal. Cancel-safe.
@@ -127,14 +157,14 @@ impl Giver {
         config: Option<ConfigSpaceCapture>,
         expected: Option<Seal>,
     ) -> Result<Seal, TransferError> {
-        let room = self.room().await?;
+        let room = self.room(0).await?;
         let (message, found) = self.side.seal(device, config).map_err(TransferError::Protocol)?;
         if let Some(expected) = expected
             && expected != found
         {
             return Err(TransferError::Changed { device, source: SealMismatch { expected, found } });
         }
-        room.send(message);
+        self.send(room, message, 0).await?;
         Ok(found)
     }
 
@@ -146,11 +176,7 @@ impl Giver {
                 // Nothing more is to be heard: the taker, which has all, may be gone.
                 std::future::pending::<()>().await;
             }
-            let heard = match self.clock.wait_patiently(self.incoming.next()).await {
-                Ok(heard) => heard,
-                Err(error) => return error,
-            };
-            if let Err(error) = self.hear(heard) {
+            if let Err(error) = self.step(Want::Word, None).await {
                 return error;
             }
         }
@@ -166,65 +192,86 @@ impl Giver {
     /// lives. Cancel-safe.
     pub async fn completed(&mut self) -> Result<(), TransferError> {
         while self.side.phase() != Phase::Complete {
-            let heard = self.clock.wait(self.incoming.next()).await?;
-            self.hear(heard)?;
+            let deadline = self.clock.idle_deadline();
+            self.step(Want::Word, Some(deadline)).await?;
         }
-        link::close(self.outgoing.take(), &mut self.incoming).await;
+        if let Some(mut up) = self.line.end() {
+            link::close(Some(up.outgoing), &mut up.incoming).await;
+        }
         Ok(())
     }
 
     /// Gives the stream up and tells the taker why, in at most 1024 bytes.
     pub async fn abort(mut self, reason: &str) {
         let abort = self.side.abort(reason);
-        link::abort(self.outgoing.take(), &mut self.incoming, abort).await;
+        if let Some(mut up) = self.line.end() {
+            link::abort(Some(up.outgoing), &mut up.incoming, abort).await;
+        }
     }
 
-    /// Waits until one message can be queued, and hears the taker meanwhile.
-    async fn room(&mut self) -> Result<OwnedPermit<StreamMessage>, TransferError> {
-        let Some(outgoing) = self.outgoing.clone() else {
-            return Err(TransferError::Broken(LinkError::ended("the stream was complete before")));
-        };
-        let mut room = pin!(outgoing.reserve_owned());
-        let mut can_send = true;
+    /// Waits until one more frame, with so much state, can be made, and hears the taker meanwhile.
+    async fn room(&mut self, state_bytes: usize) -> Result<Room, TransferError> {
         let mut deadline = self.clock.idle_deadline();
         loop {
-            let event = self.clock.wait_until(deadline, async {
-                tokio::select! {
-                    // What the taker has said comes first: an abort that is there already must not be overtaken.
-                    biased;
-                    heard = self.incoming.next() => Event::Heard(heard),
-                    room = &mut room, if can_send => room.map_or(Event::NobodySends, Event::Room),
-                }
-            });
-            match event.await? {
-                Event::Heard(heard) => {
-                    let acked = self.side.acked();
-                    self.hear(heard)?;
-                    if self.side.acked() > acked {
-                        deadline = self.clock.idle_deadline();
-                    }
-                }
-                Event::Room(room) => return Ok(room),
-                // Whoever carried messages away has stopped; why is about to come in.
-                Event::NobodySends => can_send = false,
+            match self.step(Want::Room { state_bytes }, Some(deadline)).await? {
+                Step::Room(room) => return Ok(room),
+                Step::Moved => deadline = self.clock.idle_deadline(),
+                Step::Heard => {}
             }
         }
     }
 
-    fn hear(&mut self, heard: Option<Result<StreamMessage, LinkError>>) -> Result<(), TransferError> {
+    async fn send(
+        &mut self,
+        room: Room,
+        message: StreamMessage,
+        state_bytes: usize,
+    ) -> Result<(), TransferError> {
+        match &mut self.kept {
+            None => room.send(message),
+            Some(kept) => kept.send(room, message, state_bytes).await?,
+        }
+        Ok(())
+    }
+
+    /// Takes in what the taker said. Whether it is further than before is worth knowing.
+    pub(super) fn hear(&mut self, heard: Heard) -> Result<Step, TransferError> {
         let Some(heard) = heard else {
             let error = LinkError::ended("the taker ended it before all was complete");
             return Err(TransferError::Broken(error));
         };
         let message = heard.map_err(TransferError::Broken)?;
+        let before = self.side.acked();
         match self.side.receive(message).map_err(TransferError::Protocol)? {
-            GiverEvent::Acked { .. } | GiverEvent::Completed | GiverEvent::Ignored => Ok(()),
+            GiverEvent::Acked { .. } | GiverEvent::Completed | GiverEvent::Ignored => {}
             GiverEvent::CutoverRequested => {
                 self.cutover.send_replace(true);
-                Ok(())
             }
-            GiverEvent::Aborted { reason } => Err(TransferError::AbortedByPeer(reason)),
+            GiverEvent::Aborted { reason } => return Err(TransferError::AbortedByPeer(reason)),
         }
+        let acked = self.side.acked();
+        if acked == before {
+            return Ok(Step::Heard);
+        }
+        if let Some(kept) = &mut self.kept {
+            kept.spool.acked(acked);
+        }
+        Ok(Step::Moved)
+    }
+}
+
+/// How many bytes of state were sent more than once.
+#[derive(Debug, Clone, Default)]
+pub struct Resent(Arc<AtomicU64>);
+
+impl Resent {
+    /// So many, so far.
+    pub fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn add(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
     }
 }
 

@@ -17,10 +17,11 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_stream::{Stream, StreamExt};
-use vfio_checkpoint_proto::domain::StreamLimits;
+use vfio_checkpoint_proto::domain::{StreamLimits, StreamOpened};
 use vfio_checkpoint_proto::ids::StreamId;
 use vfio_checkpoint_proto::stream::{Job, Session};
 use vfio_checkpoint_proto::v1::StreamMessage;
+use vfio_checkpoint_proto::version::Version;
 
 use super::error::TransferError;
 
@@ -65,23 +66,37 @@ pub struct LinkError {
     detail: String,
     #[source]
     source: Option<Box<dyn Error + Send + Sync>>,
+    /// The other side ended it in good order: it has left, and does not come back.
+    is_left: bool,
 }
 
 impl LinkError {
     /// A link that ended without a cause to show.
     pub fn ended(detail: impl Into<String>) -> Self {
-        Self { detail: detail.into(), source: None }
+        Self { detail: detail.into(), source: None, is_left: false }
     }
 
     /// A link that failed because of `source`. The source can be got back with [`Error::source`] and a downcast.
     pub fn failed(detail: impl Into<String>, source: impl Error + Send + Sync + 'static) -> Self {
-        Self { detail: detail.into(), source: Some(Box::new(source)) }
+        Self { detail: detail.into(), source: Some(Box::new(source)), is_left: false }
+    }
+
+    /// A link that the other side ended in good order, before it was done.
+    pub(super) fn left(detail: impl Into<String>) -> Self {
+        Self { is_left: true, ..Self::ended(detail) }
+    }
+
+    /// Whether the other side has left, and does not come back.
+    pub(super) fn is_left(&self) -> bool {
+        self.is_left
     }
 }
 
 /// What the handshake agreed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Terms {
+    /// What both sides speak.
+    pub version: Version,
     /// Names the stream.
     pub stream: StreamId,
     /// How many devices the manifest has.
@@ -91,6 +106,16 @@ pub struct Terms {
 }
 
 impl Terms {
+    /// Those of an answer to Open.
+    pub fn of(opened: &StreamOpened) -> Self {
+        Self {
+            version: opened.version,
+            stream: opened.stream_id,
+            devices: opened.manifest.devices.len(),
+            limits: opened.limits,
+        }
+    }
+
     pub(super) fn session(&self, job: Job) -> Session {
         Session { stream: self.stream, devices: self.devices, limits: self.limits, job }
     }

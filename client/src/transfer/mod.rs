@@ -13,6 +13,13 @@
 //!     abort(reason)          <- Abort ->     abort(reason)
 //! ```
 //!
+//! A connection that breaks need not be the end of a stream of version 2:
+//! ```text
+//!   Giver::resumable(spool, redial)  -- Open{resume} -->  Taker::reattach(link): it expects this frame next
+//!     goes on out of its spool       == Frame =======>    as if nothing had been
+//! ```
+//! The calls of a giver see nothing of it but that they take longer.
+//!
 //! Invariants:
 //! - A half queues at most [`LINK_FRAMES`] messages. A giver whose taker does not read stands still.
 //! - What a taker hands out is verified: place, CRC, order, length, digest. `None` comes only after every seal.
@@ -22,23 +29,29 @@
 //! Failure paths: the connection ends ([`TransferError::Broken`]), the other side gives up
 //! ([`TransferError::AbortedByPeer`]), it breaks the protocol ([`TransferError::Protocol`]), it is silent or does not
 //! read for `idle_timeout` ([`TransferError::Idle`]), it does not complete in time ([`TransferError::NotSealed`]), or `lifetime`
-//! is over ([`TransferError::Lifetime`]).
+//! is over ([`TransferError::Lifetime`]). Of a stream that can be resumed: it was not ([`TransferError::NotResumed`]), or
+//! what is kept for that cannot be kept ([`TransferError::Spool`]).
 
 mod body;
 mod error;
 mod give;
+mod line;
 mod link;
 mod open;
+mod redial;
+mod spool;
 mod take;
 
 #[cfg(test)]
 mod tests;
 
 pub use body::{Incoming, Outgoing, Refused};
-pub use error::TransferError;
-pub use give::{CutoverSignal, Giver};
+pub use error::{TransferError, Unresumed};
+pub use give::{CutoverSignal, Giver, Resent};
 pub use link::{LINK_FRAMES, Link, LinkError, Terms};
-pub use open::{Dialed, GiveState, OpenStreamError, TakeState, dial};
-pub use take::Taker;
+pub use open::{DialOptions, Dialed, GiveState, OpenStreamError, TakeState, dial, dial_with};
+pub use redial::{Redial, RedialOperation, Redialing};
+pub use spool::{Spool, SpoolError, SpoolOptions};
+pub use take::{Taker, say_complete};
 pub use vfio_checkpoint_proto::frame::Accepted;
 pub use vfio_checkpoint_proto::stream::ProtocolError;

@@ -12,11 +12,11 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
-use tonic::Status;
+use tonic::{Code, Status};
 use tower::ServiceExt as _;
 use vfio_checkpoint_proto::MAX_CHUNK_BYTES;
 use vfio_checkpoint_proto::domain::{Invalid, Manifest, StreamLimits, StreamOpen, StreamOpened, StreamRole};
-use vfio_checkpoint_proto::ids::OperationName;
+use vfio_checkpoint_proto::ids::{OperationName, StreamId};
 use vfio_checkpoint_proto::v1::StreamMessage;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::{Version, VersionRange};
@@ -45,9 +45,8 @@ impl TakeState {
     /// Opens the stream of a save.
     pub async fn open(client: &Client, operation: &OperationName) -> Result<Self, OpenStreamError> {
         let Dialed { opened, link } = dial(client, operation, StreamRole::Taker).await?;
-        let (manifest, limits) = (opened.manifest, opened.limits);
-        let terms = Terms { stream: opened.stream_id, devices: manifest.devices.len(), limits };
-        Ok(Self { manifest, limits, taker: Taker::new(link, terms) })
+        let terms = Terms::of(&opened);
+        Ok(Self { manifest: opened.manifest, limits: opened.limits, taker: Taker::new(link, terms) })
     }
 }
 
@@ -65,10 +64,14 @@ pub struct GiveState {
 impl GiveState {
     /// Opens the stream of a restore.
     pub async fn open(client: &Client, operation: &OperationName) -> Result<Self, OpenStreamError> {
-        let Dialed { opened, link } = dial(client, operation, StreamRole::Giver).await?;
-        let (manifest, limits) = (opened.manifest, opened.limits);
-        let terms = Terms { stream: opened.stream_id, devices: manifest.devices.len(), limits };
-        Ok(Self { manifest, limits, giver: Giver::new(link, terms) })
+        Ok(Self::of(dial(client, operation, StreamRole::Giver).await?))
+    }
+
+    /// The giver of a stream that is open.
+    pub fn of(dialed: Dialed) -> Self {
+        let Dialed { opened, link } = dialed;
+        let terms = Terms::of(&opened);
+        Self { manifest: opened.manifest, limits: opened.limits, giver: Giver::new(link, terms) }
     }
 }
 
@@ -81,26 +84,54 @@ pub struct Dialed {
     pub link: Link,
 }
 
+/// How a stream is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DialOptions {
+    /// What the caller speaks.
+    pub versions: VersionRange,
+    /// The stream that a giver resumes. None for a new one.
+    pub resume: Option<StreamId>,
+}
+
+impl Default for DialOptions {
+    /// A new stream, of any version that this library speaks.
+    fn default() -> Self {
+        Self { versions: VersionRange::OURS, resume: None }
+    }
+}
+
 /// Opens the stream of an operation, for whoever has a half of its own for it, as an agent has.
 pub async fn dial(
     client: &Client,
     operation: &OperationName,
     role: StreamRole,
 ) -> Result<Dialed, OpenStreamError> {
-    let limit = client.options().deadline;
-    timeout(limit, exchange(client, operation, role)).await.unwrap_or(Err(OpenStreamError::Timeout(limit)))
+    dial_with(client, operation, role, DialOptions::default()).await
 }
 
-async fn exchange(
+/// The same, with more to say.
+pub async fn dial_with(
     client: &Client,
     operation: &OperationName,
     role: StreamRole,
+    options: DialOptions,
 ) -> Result<Dialed, OpenStreamError> {
-    let versions = VersionRange::OURS;
-    let open =
-        StreamOpen { operation: operation.clone(), role, versions, max_chunk_bytes: Some(MAX_CHUNK_BYTES) };
+    let DialOptions { versions, resume } = options;
+    let open = StreamOpen {
+        operation: operation.clone(),
+        role,
+        versions,
+        max_chunk_bytes: Some(MAX_CHUNK_BYTES),
+        resume,
+    };
+    let limit = client.options().deadline;
+    timeout(limit, exchange(client, open)).await.unwrap_or(Err(OpenStreamError::Timeout(limit)))
+}
+
+async fn exchange(client: &Client, open: StreamOpen) -> Result<Dialed, OpenStreamError> {
+    let versions = open.versions;
     let (outgoing, queue) = Link::outgoing_channel();
-    if outgoing.send(StreamMessage { kind: Some(Kind::Open(open.into())) }).await.is_err() {
+    if outgoing.send(StreamMessage { kind: Some(Kind::Open(open.clone().into())) }).await.is_err() {
         return Err(OpenStreamError::Ended);
     }
     let failed = |status: &Status| OpenStreamError::Call(client.failed(RPC, status));
@@ -116,6 +147,7 @@ async fn exchange(
     if !versions.contains(opened.version) {
         return Err(OpenStreamError::Version { theirs: opened.version, ours: versions });
     }
+    opened.answers(&open)?;
     let client = client.clone();
     let incoming = messages.map(move |message| {
         message.map_err(|status| {
@@ -142,6 +174,42 @@ async fn call(client: &Client, queue: mpsc::Receiver<StreamMessage>) -> Result<I
         .insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
     let response = client.channel().oneshot(request).await;
     Incoming::response(response.map_err(|error| Status::from_error(error.into()))?)
+}
+
+impl OpenStreamError {
+    /// Whether it is a trouble of the connection, which may pass. What the agent decided, and said, stands.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Call(CallError::NotConnected { .. } | CallError::Deadline { .. })
+            | Self::Ended
+            | Self::Timeout(_) => true,
+            Self::Call(CallError::Refused(refusal)) => match refusal.code {
+                Code::Unavailable => true,
+                // Without a reason it was not the agent that said so: a connection that broke has many codes.
+                Code::Unknown
+                | Code::Internal
+                | Code::Cancelled
+                | Code::DeadlineExceeded
+                | Code::ResourceExhausted
+                | Code::Aborted => refusal.reason.is_none(),
+                Code::Ok
+                | Code::InvalidArgument
+                | Code::NotFound
+                | Code::AlreadyExists
+                | Code::PermissionDenied
+                | Code::FailedPrecondition
+                | Code::OutOfRange
+                | Code::Unimplemented
+                | Code::DataLoss
+                | Code::Unauthenticated => false,
+            },
+            Self::Call(CallError::BadAnswer { .. })
+            | Self::GivenUp(_)
+            | Self::NotOpened
+            | Self::Invalid(_)
+            | Self::Version { .. } => false,
+        }
+    }
 }
 
 /// Why a stream is not open.

@@ -6,12 +6,12 @@
 //! ```
 //!
 //! Invariants: a chunk is acknowledged only after its caller came back for the next, so an Ack never speaks of state that
-//! nobody took. Failure paths: [`TransferError`]; after a refused frame everything is refused.
+//! nobody took. Frames are verified once, whatever connections they come over. Failure paths: [`TransferError`]; after a refused frame everything is refused.
 
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use vfio_checkpoint_proto::frame::Accepted;
-use vfio_checkpoint_proto::stream::{Job, Phase, TakerEvent, TakerSide, Took};
+use vfio_checkpoint_proto::stream::{Job, Phase, Resumed, TakerEvent, TakerSide, Took};
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::v1::{StreamAck, StreamMessage};
 
@@ -53,6 +53,10 @@ impl Taker {
 
     /// The next verified piece; `None` only after every seal. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<Accepted>, TransferError> {
+        if self.side.phase() == Phase::Complete {
+            // What is due then is to be said again, by `complete`.
+            return Ok(None);
+        }
         if let Some(ack) = &self.due {
             let ack = ack.clone();
             self.send(ack).await?;
@@ -81,13 +85,35 @@ impl Taker {
         self.send(cutover).await
     }
 
+    /// Goes on over another link, after its handshake; the one before may be broken, or seem to be well. Returns the
+    /// number of the frame that is expected next, which the giver is to be told before anything else. What was said
+    /// last, where that was `complete`, is said again by [`Taker::complete`]. The stream's lifetime goes on.
+    pub fn reattach(&mut self, link: Link) -> Result<u64, TransferError> {
+        let Resumed { next_sequence, again } = self.side.resume().map_err(TransferError::Protocol)?;
+        self.incoming = link.incoming;
+        self.outgoing = Some(link.outgoing);
+        // An ack that was due is in what the giver is told.
+        self.due = again;
+        Ok(next_sequence)
+    }
+
+    /// How many frames were taken.
+    pub fn taken_frames(&self) -> u64 {
+        self.side.next_sequence()
+    }
+
     /// Says that all state of all devices is verified and durable, and waits a little for the giver to end the stream.
     /// All is here, so a giver that is just gone, or silent, takes nothing back; one that aborts does. Whether it has heard
-    /// this, its operation tells. Not cancel-safe.
+    /// this, its operation tells. Called again after [`Taker::reattach`] it says so again. Cancel-safe.
     pub async fn complete(&mut self) -> Result<(), TransferError> {
-        let complete = self.side.complete().map_err(TransferError::Protocol)?;
-        self.send(complete).await?;
-        self.outgoing = None;
+        if self.side.phase() != Phase::Complete {
+            self.due = Some(self.side.complete().map_err(TransferError::Protocol)?);
+        }
+        if let Some(complete) = self.due.clone() {
+            self.send(complete).await?;
+            self.due = None;
+            self.outgoing = None;
+        }
         let ending = async {
             // The giver may have said how far it is before it heard this. Of state nothing can come any more.
             while self.hear().await?.is_some() {}
@@ -100,7 +126,9 @@ impl Taker {
                     TransferError::Broken(_)
                     | TransferError::Idle(_)
                     | TransferError::NotSealed(_)
-                    | TransferError::Lifetime(_),
+                    | TransferError::Lifetime(_)
+                    | TransferError::Spool(_)
+                    | TransferError::NotResumed { .. },
                 ),
             )
             | Err(_) => Ok(()),
@@ -128,7 +156,7 @@ impl Taker {
         }
         // Whoever carried messages away has stopped; why is about to come in.
         while self.hear().await?.is_some() {}
-        Err(TransferError::Broken(LinkError::ended("the giver ended it")))
+        Err(TransferError::Broken(LinkError::left("the giver ended it")))
     }
 
     /// The next verified frame; `None` when the giver has ended the stream.
@@ -156,8 +184,19 @@ impl Taker {
                 None => error.to_string(),
             },
         );
-        TransferError::Broken(LinkError::ended(detail))
+        TransferError::Broken(LinkError::left(detail))
     }
+}
+
+/// Tells the giver of a stream that is complete, and that may not have heard so, once more: on a link that it opened to
+/// resume that stream, after the answer. For whoever has no taker any more.
+pub async fn say_complete(link: Link, next_sequence: u64) {
+    let Link { mut incoming, outgoing } = link;
+    let complete = StreamAck { next_sequence, complete: true };
+    let message = StreamMessage { kind: Some(Kind::Ack(complete)) };
+    // A giver that is gone again may come again.
+    let _unheard = tokio::time::timeout(GOODBYE, outgoing.send(message)).await;
+    link::close(Some(outgoing), &mut incoming).await;
 }
 
 impl std::fmt::Debug for Taker {

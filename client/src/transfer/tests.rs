@@ -1,3 +1,5 @@
+mod resume;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +12,7 @@ use vfio_checkpoint_proto::ids::StreamId;
 use vfio_checkpoint_proto::v1::frame::Body;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::v1::{StreamAbort, StreamAck, StreamCutover, StreamMessage, StreamOpen};
+use vfio_checkpoint_proto::version::Version;
 
 use super::*;
 
@@ -24,7 +27,7 @@ fn terms() -> Terms {
         lifetime: Duration::from_hours(1),
         ack_interval_bytes: 2 * CHUNK_BYTES as u64,
     };
-    Terms { stream: StreamId(7), devices: 2, limits }
+    Terms { version: Version(2), stream: StreamId(7), devices: 2, limits }
 }
 
 /// One end as it is on the wire, for a peer that the test plays.

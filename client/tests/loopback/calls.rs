@@ -19,13 +19,17 @@ pub(crate) async fn client(agent: &Agent) -> Client {
     let check = ServerCheck::Name(None);
     let endpoint = format!("https://localhost:{}", address.port());
     let options = ConnectOptions::new(endpoint, config(&ca, &ca.client(), &check), check);
+    Client::connect(&options).await.unwrap().with_call_options(quick())
+}
+
+/// Attempts without pauses that are worth speaking of.
+fn quick() -> CallOptions {
     let retry = RetryPolicy {
         first_pause: Duration::from_millis(1),
         longest_pause: Duration::from_millis(2),
         ..RetryPolicy::default()
     };
-    let call = CallOptions { retry, ..CallOptions::default() };
-    Client::connect(&options).await.unwrap().with_call_options(call)
+    CallOptions { retry, ..CallOptions::default() }
 }
 
 fn save(request_id: &str) -> v1::StartSaveRequest {
@@ -147,8 +151,7 @@ async fn an_agent_that_goes_away_is_told_by_what_the_connection_found() {
     let check = ServerCheck::Name(None);
     let options =
         ConnectOptions::new(format!("https://localhost:{port}"), config(&ca, &ca.client(), &check), check);
-    let call = CallOptions { deadline: Duration::from_secs(2), ..CallOptions::default() };
-    let client = Client::connect(&options).await.unwrap().with_call_options(call);
+    let client = Client::connect(&options).await.unwrap().with_call_options(quick());
     client.start_save(save("id")).await.unwrap();
     carrier.abort();
     carrier.await.unwrap_err();

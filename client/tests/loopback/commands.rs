@@ -93,15 +93,15 @@ async fn an_agent_that_is_not_there_or_says_no_is_5() {
     assert!(err.contains("nowhere"), "{err}");
 }
 
-/// Interrupts it once it has said that it saves. Its exit code, and all that it said.
-async fn interrupted(setup: &Setup, line: &str) -> (Option<i32>, String) {
+/// Interrupts it once it has said that it has begun. Its exit code, and all that it said.
+pub(crate) async fn interrupted(setup: &Setup, line: &str, begun: &'static str) -> (Option<i32>, String) {
     let mut command = setup.command(line);
     let interrupted = tokio::task::spawn_blocking(move || {
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut said = String::new();
         stderr.read_line(&mut said).unwrap();
-        assert!(said.starts_with("saving as operations/1"), "{said}");
+        assert!(said.starts_with(begun), "{said}");
         let pid = rustix::process::Pid::from_child(&child);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
         stderr.read_to_string(&mut said).unwrap();
@@ -116,7 +116,7 @@ async fn ctrl_c_cancels_the_operation_and_tells_what_became_of_it() {
         let agent = Agent::default();
         agent.operation.lock().unwrap().name = "operations/1".to_owned();
         let setup = Setup::new(&agent).await;
-        let (code, said) = interrupted(&setup, line).await;
+        let (code, said) = interrupted(&setup, line, "saving as operations/1").await;
         assert_eq!(code, Some(130), "{said}");
         assert!(said.contains("was cancelled; the devices keep their state"), "{said}");
         // Whole or not at all, whichever came first.

@@ -14,6 +14,8 @@ pub(crate) struct DevicesOfAgent {
     pub(crate) reports: Arc<Mutex<Vec<v1::ReportDirtyPagesRequest>>>,
     /// Its device changes all the time, so that a watch does not end.
     pub(crate) is_restless: Arc<Mutex<bool>>,
+    /// What lives in the device.
+    pub(crate) logical: Arc<Mutex<Option<v1::LogicalDevice>>>,
     /// How each watch ends; after the last it ends well.
     pub(crate) watch_ends: Arc<Mutex<Vec<Status>>>,
 }
@@ -42,8 +44,9 @@ impl DeviceService for DevicesOfAgent {
         &self,
         _: Request<v1::GetDeviceRequest>,
     ) -> Result<Response<v1::GetDeviceResponse>, Status> {
-        let device = Some(device(v1::MigrationState::Stop));
-        Ok(Response::new(v1::GetDeviceResponse { device }))
+        let logical_device = self.logical.lock().unwrap().clone();
+        let device = v1::Device { logical_device, ..device(v1::MigrationState::Stop) };
+        Ok(Response::new(v1::GetDeviceResponse { device: Some(device) }))
     }
 
     type WatchDevicesStream = Pin<Box<dyn Stream<Item = Result<v1::WatchDevicesResponse, Status>> + Send>>;

@@ -1,5 +1,5 @@
-//! A gRPC server on loopback that answers `StartSave` from a script and gives a stream of state. Its store and its devices
-//! have files of their own.
+//! A gRPC server on loopback that answers `StartSave` from a script and gives a stream of state. Its store, its devices
+//! and its migrations have files of their own.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -28,11 +28,13 @@ use vfio_checkpoint_proto::ids::StreamId;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::checkpoint_service_server::{CheckpointService, CheckpointServiceServer};
 use vfio_checkpoint_proto::v1::device_service_server::DeviceServiceServer;
+use vfio_checkpoint_proto::v1::migration_service_server::MigrationServiceServer;
 use vfio_checkpoint_proto::v1::operation_service_server::{OperationService, OperationServiceServer};
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::Version;
 
 use crate::devices_of_agent::DevicesOfAgent;
+use crate::moves::Moves;
 use crate::pki::{Ca, Pair};
 use crate::shelf::Shelf;
 
@@ -46,8 +48,12 @@ pub(crate) struct Call {
 
 #[derive(Clone, Default)]
 pub(crate) struct Agent {
-    /// What the operation is when it is waited for.
+    /// What the operation is when it is waited for, or read.
     pub(crate) operation: Arc<Mutex<v1::Operation>>,
+    /// What it is before that, one a call.
+    pub(crate) course: Arc<Mutex<VecDeque<v1::Operation>>>,
+    /// What is listed. Unset where that is not allowed.
+    pub(crate) listed: Arc<Mutex<Option<Vec<v1::Operation>>>>,
     /// Answers of `StartSave`, one a call; after the last it succeeds.
     pub(crate) script: Arc<Mutex<VecDeque<Status>>>,
     pub(crate) calls: Arc<Mutex<Vec<Call>>>,
@@ -57,6 +63,8 @@ pub(crate) struct Agent {
     pub(crate) shelf: Shelf,
     /// Its devices.
     pub(crate) devices: DevicesOfAgent,
+    /// Its migrations.
+    pub(crate) moves: Moves,
 }
 
 impl Agent {
@@ -93,6 +101,7 @@ impl Agent {
             CheckpointServiceServer::new(self.clone()),
             OperationServiceServer::new(self.clone()),
             DeviceServiceServer::new(self.devices.clone()),
+            MigrationServiceServer::new(self.moves.clone()),
             health,
         );
         tokio::spawn(async move {
@@ -101,11 +110,12 @@ impl Agent {
                 tokio::spawn(async move {
                     let Ok(tls) = acceptor.accept(tcp).await else { return };
                     let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
-                        let (mut saves, mut operations, mut devices, mut health) = service.clone();
+                        let (mut saves, mut operations, mut devices, mut moves, mut health) = service.clone();
                         async move {
                             match request.uri().path().split('/').nth(1).unwrap_or_default() {
                                 "vfio.checkpoint.v1.OperationService" => operations.call(request).await,
                                 "vfio.checkpoint.v1.DeviceService" => devices.call(request).await,
+                                "vfio.checkpoint.v1.MigrationService" => moves.call(request).await,
                                 "grpc.health.v1.Health" => health.call(request).await,
                                 _ => saves.call(request).await,
                             }
@@ -217,7 +227,8 @@ impl CheckpointService for Agent {
             ack_interval_bytes: 512 * 1024,
         };
         let stream_id = StreamId(99);
-        let opened = StreamOpened { version: Version(1), stream_id, manifest: manifest(), limits };
+        let version = Version(1);
+        let opened = StreamOpened { version, stream_id, manifest: manifest(), limits, next_sequence: 0 };
         let (outgoing, queue) = Link::outgoing_channel();
         let message = v1::StreamMessage { kind: Some(Kind::Opened(opened.into())) };
         outgoing.send(message).await.map_err(|_| Status::internal("nobody sends"))?;
@@ -225,8 +236,8 @@ impl CheckpointService for Agent {
             Ok(request) => request.message.ok_or_else(|| LinkError::ended("empty")),
             Err(status) => Err(LinkError::failed("broken", status)),
         });
-        let mut giver =
-            Giver::new(Link::new(incoming, outgoing), Terms { stream: stream_id, devices: 1, limits });
+        let terms = Terms { version, stream: stream_id, devices: 1, limits };
+        let mut giver = Giver::new(Link::new(incoming, outgoing), terms);
         let ends = self.stream_ends.clone();
         tokio::spawn(async move {
             let all = async {
@@ -272,7 +283,8 @@ impl OperationService for Agent {
         &self,
         _: Request<v1::WaitOperationRequest>,
     ) -> Result<Response<v1::WaitOperationResponse>, Status> {
-        let operation = Some(self.operation.lock().unwrap().clone());
+        let next = self.course.lock().unwrap().pop_front();
+        let operation = Some(next.unwrap_or_else(|| self.operation.lock().unwrap().clone()));
         Ok(Response::new(v1::WaitOperationResponse { operation }))
     }
 
@@ -280,6 +292,7 @@ impl OperationService for Agent {
         &self,
         _: Request<v1::CancelOperationRequest>,
     ) -> Result<Response<v1::CancelOperationResponse>, Status> {
+        self.moves.scripted("CancelOperation")?;
         let mut operation = self.operation.lock().unwrap();
         if !operation.done {
             operation.done = true;
@@ -293,14 +306,17 @@ impl OperationService for Agent {
         &self,
         _: Request<v1::GetOperationRequest>,
     ) -> Result<Response<v1::GetOperationResponse>, Status> {
-        Err(Status::unimplemented("not part of these tests"))
+        let operation = Some(self.operation.lock().unwrap().clone());
+        Ok(Response::new(v1::GetOperationResponse { operation }))
     }
 
     async fn list_operations(
         &self,
         _: Request<v1::ListOperationsRequest>,
     ) -> Result<Response<v1::ListOperationsResponse>, Status> {
-        Err(Status::permission_denied("not for you"))
+        let listed = self.listed.lock().unwrap().clone();
+        let operations = listed.ok_or_else(|| Status::permission_denied("not for you"))?;
+        Ok(Response::new(v1::ListOperationsResponse { operations, ..Default::default() }))
     }
 
     async fn watch_operation(

@@ -11,6 +11,7 @@ use crate::server::Agent;
 pub(crate) struct Setup {
     pub(crate) folder: TempDir,
     pub(crate) port: u16,
+    ca: Ca,
 }
 
 impl Setup {
@@ -22,7 +23,13 @@ impl Setup {
         for (name, text) in [("ca", &ca.pem), ("cert", &client.certificate), ("key", &client.key)] {
             std::fs::write(folder.path().join(name), text).unwrap();
         }
-        Self { folder, port: address.port() }
+        Self { folder, port: address.port(), ca }
+    }
+
+    /// Another agent, with a certificate of the same authority: its endpoint.
+    pub(crate) async fn beside(&self, agent: &Agent) -> String {
+        let address = agent.serve(&self.ca.server(agent_names()), &self.ca).await;
+        format!("https://localhost:{}", address.port())
     }
 
     pub(crate) fn path(&self, name: &str) -> std::path::PathBuf {

@@ -11,6 +11,7 @@ use crate::commands::context::ContextCommand;
 use crate::commands::devices::DevicesCommand;
 use crate::commands::dirty_tracking::DirtyTrackingCommand;
 use crate::commands::doctor::DoctorArgs;
+use crate::commands::migrate::MigrateArgs;
 use crate::commands::operations::OperationsCommand;
 use crate::commands::restore::RestoreArgs;
 use crate::commands::save::SaveArgs;
@@ -33,12 +34,12 @@ Exit codes:
   1    failed, and the devices keep their state; or what was checked is not as it should be
   2    the command line or the contexts file is wrong
   3    refused before anything was touched; every reason is listed
-  4    a device's state is lost, or a device needs somebody
+  4    a device's state is lost, or somebody is needed: for a device, or for a migration in doubt
   5    the agent cannot be reached, or does not let this caller in
   6    the time to wait is over, and the operation goes on
   130  interrupted; where an operation was cancelled, what became of it is told";
 
-/// Saves and restores the state of VFIO devices.
+/// Saves, restores and moves the state of VFIO devices.
 #[derive(Debug, Parser)]
 #[command(
     name = "vfioctl",
@@ -133,6 +134,8 @@ pub(crate) enum Command {
     Save(Box<SaveArgs>),
     /// Restore the state of devices from a folder, or from a store of the agent
     Restore(Box<RestoreArgs>),
+    /// Move devices to another node
+    Migrate(Box<MigrateArgs>),
     /// Show, verify and delete checkpoints
     #[command(subcommand)]
     Checkpoints(CheckpointsCommand),

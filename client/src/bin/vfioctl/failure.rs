@@ -13,7 +13,7 @@ use std::fmt::Display;
 
 use serde::Serialize;
 use tonic::Code;
-use vfio_checkpoint_client::call::{CallError, Refusal, code_name};
+use vfio_checkpoint_client::call::{CallError, Refusal, code_name, printable};
 use vfio_checkpoint_client::connect::ConnectError;
 use vfio_checkpoint_client::transfer::OpenStreamError;
 use vfio_checkpoint_proto::v1::{CheckpointConsistency, Operation, OperationResult};
@@ -137,7 +137,13 @@ impl Failure {
             retry_after_ms: refusal.retry_after.and_then(|after| u64::try_from(after.as_millis()).ok()),
             ..Told::default()
         };
-        if is_fork { failure.hint("to make a copy of it on purpose give --allow-fork") } else { failure }
+        if is_fork {
+            return failure.hint("to make a copy of it on purpose give --allow-fork");
+        }
+        match refusal.reason.as_deref().and_then(hint_of) {
+            Some(hint) => failure.hint(hint),
+            None => failure,
+        }
     }
 
     pub(crate) fn open(error: OpenStreamError) -> Self {
@@ -176,6 +182,15 @@ impl Failure {
         let mut failure = Self::new(Exit::GoesOn, message);
         failure.told.operation = Some(name.to_string());
         failure.told.shown = seen;
+        failure
+    }
+
+    /// A migration that is in doubt, and is not waited for any longer.
+    pub(crate) fn in_doubt(operation: &Operation) -> Self {
+        let (text, hint) = render::in_doubt(operation).unwrap_or_default();
+        let mut failure = Self::new(Exit::NeedsSomebody, format!("{}: {text}", printable(&operation.name)));
+        failure = failure.because("IN_DOUBT").about(&operation.name).hint(&hint);
+        failure.told.shown = Some(operation.clone());
         failure
     }
 
@@ -273,6 +288,31 @@ impl Failure {
 /// The reason of a call that something is in the way of.
 const BLOCKED: &str = "BLOCKED";
 
+/// What to do about a refusal whose message does not say it, because it depends on who asked.
+fn hint_of(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "TICKET_INVALID" => "call `vfioctl migrate` again: it asks the destination for another ticket",
+        "TICKET_MISMATCH" => {
+            "call `vfioctl migrate` again; if that does not help, see that --endpoint is the agent that has the devices: \
+             behind one address there may be several"
+        }
+        "NOT_A_MIGRATION" => {
+            "see what it is with `vfioctl operations get`: commit and resolve are said to the source, ready to the \
+             destination"
+        }
+        "NOT_ASKED_FOR" => {
+            "this is said where the migration was begun with --commit manual or --require-ready"
+        }
+        "NOT_PREPARED" => "follow it with `vfioctl operations watch`, which says when it is time",
+        "STALE_EPOCH" => {
+            "a newer copy of the device was there: see which node has it before anything is run again"
+        }
+        "NOT_IN_DOUBT" => "there is nothing to decide: see it with `vfioctl operations get`",
+        "UNRESOLVABLE" => "see both sides, and what can be decided: vfioctl operations resolve OPERATION",
+        _ => return None,
+    })
+}
+
 /// Why there is no connection, as a name.
 fn reason_of(error: &ConnectError) -> &'static str {
     match error {
@@ -310,6 +350,7 @@ mod tests {
     use std::time::Duration;
 
     use vfio_checkpoint_client::call::Violation;
+    use vfio_checkpoint_proto::v1::ErrorReason;
 
     use super::*;
 
@@ -378,6 +419,39 @@ mod tests {
           }
         }
         "#);
+    }
+
+    #[test]
+    fn a_refusal_that_is_for_another_command_says_which() {
+        let refused = |reason: &str| {
+            Failure::call(CallError::Refused(Box::new(Refusal {
+                rpc: "Commit",
+                code: Code::FailedPrecondition,
+                message: "no".to_owned(),
+                reason: Some(reason.to_owned()),
+                blockers: Vec::new(),
+                fields: Vec::new(),
+                retry_after: None,
+                has_bad_details: false,
+            })))
+        };
+        for reason in [
+            ErrorReason::TicketInvalid,
+            ErrorReason::TicketMismatch,
+            ErrorReason::NotAMigration,
+            ErrorReason::NotAskedFor,
+            ErrorReason::NotPrepared,
+            ErrorReason::StaleEpoch,
+            ErrorReason::NotInDoubt,
+            ErrorReason::Unresolvable,
+        ] {
+            // As it is on the wire, so that a name that is mistyped here shows.
+            let name = reason.as_str_name().strip_prefix("ERROR_REASON_").unwrap();
+            let document = refused(name).document().error;
+            assert!(document.hint.is_some(), "{name}");
+            assert_eq!((document.reason.as_str(), document.exit_code), (name, 3));
+        }
+        assert_eq!(refused("OPERATION_OVER").document().error.hint, None);
     }
 
     #[test]

@@ -1,8 +1,8 @@
-//! `vfioctl`: saves and restores the state of VFIO devices from a shell.
+//! `vfioctl`: saves, restores and moves the state of VFIO devices from a shell.
 //!
 //! ```text
 //!   cli -> connection (options, environment, context) -> commands/* -> render
-//!                                                        save, restore: start -> stream or wait -> summary
+//!                                                        save, restore, migrate: start -> stream or wait -> summary
 //! ```
 //!
 //! Invariants: results go to stdout, all else to stderr. With `-o json` or `-o yaml` stdout has one document, and a watch has
@@ -33,7 +33,7 @@ use clap::{Parser, ValueEnum};
 
 use cli::{Cli, Command, FORMAT_VARIABLE, OutputFormat};
 use commands::{
-    certs, checkpoints, context, devices, dirty_tracking, doctor, operations, restore, save, shell,
+    certs, checkpoints, context, devices, dirty_tracking, doctor, migrate, operations, restore, save, shell,
 };
 use connection::connect;
 use outcome::{Exit, Failure};
@@ -107,8 +107,11 @@ async fn run(cli: Cli) -> Result<Exit, Failure> {
         Command::Devices(command) => devices::run(&connect(&global).await?, command, format).await,
         Command::Save(args) => Box::pin(save::run(&connect(&global).await?, *args, format)).await,
         Command::Restore(args) => Box::pin(restore::run(&global, *args)).await,
+        Command::Migrate(args) => Box::pin(migrate::run(&global, *args)).await,
         Command::Checkpoints(command) => Box::pin(checkpoints::run(&global, command)).await,
-        Command::Operations(command) => operations::run(&connect(&global).await?, command, format).await,
+        Command::Operations(command) => {
+            Box::pin(operations::run(&connect(&global).await?, command, format)).await
+        }
         Command::DirtyTracking(command) => {
             dirty_tracking::run(&connect(&global).await?, command, format).await
         }

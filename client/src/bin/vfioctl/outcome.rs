@@ -85,7 +85,10 @@ pub(crate) fn judge(operation: &Operation) -> (Exit, Option<String>) {
     }
     let is_lost = match operation.outcome() {
         StateOutcome::StateLost => true,
-        StateOutcome::Unspecified | StateOutcome::Preserved | StateOutcome::Replaced => false,
+        StateOutcome::Unspecified
+        | StateOutcome::Preserved
+        | StateOutcome::Replaced
+        | StateOutcome::Moved => false,
     };
     let fate = match operation.outcome() {
         StateOutcome::StateLost => {
@@ -93,6 +96,7 @@ pub(crate) fn judge(operation: &Operation) -> (Exit, Option<String>) {
         }
         StateOutcome::Preserved => "the devices keep their state",
         StateOutcome::Replaced => "the devices carry the restored state",
+        StateOutcome::Moved => "the devices of the destination carry their state on",
         StateOutcome::Unspecified => "what became of the devices is not said",
     };
     let is_inconsistent = operation.consistency() == CheckpointConsistency::Inconsistent;

@@ -51,7 +51,9 @@ impl Meter {
             Some((DataSizeKind::Known | DataSizeKind::UpperBound, bytes)) => self.bar.set_length(bytes),
             Some((DataSizeKind::Unknown | DataSizeKind::Unspecified, _)) | None => self.bar.unset_length(),
         }
-        if let Some(downtime) = render::span(operation.predicted_downtime.as_ref()) {
+        if operation.handover.as_ref().is_some_and(|handover| handover.in_doubt) {
+            self.bar.set_message("IN DOUBT: waits for the destination's answer");
+        } else if let Some(downtime) = render::span(operation.predicted_downtime.as_ref()) {
             self.bar.set_message(format!("downtime about {}", render::time(downtime)));
         }
     }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName, StoreName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName, RequestId, StoreName};
 use vfio_checkpoint_proto::v1::IovaRange;
 
 /// 300ms, 2s, 1m: over 0 and at most 24 hours, as in the contract.
@@ -36,6 +36,11 @@ pub(crate) fn device(text: &str) -> Result<DeviceName, String> {
 pub(crate) fn operation(text: &str) -> Result<OperationName, String> {
     let name = if text.starts_with("operations/") { text.parse() } else { OperationName::from_id(text) };
     name.map_err(|error| error.to_string())
+}
+
+/// A UUID that the caller makes up.
+pub(crate) fn request(text: &str) -> Result<RequestId, String> {
+    text.parse().map_err(|error: vfio_checkpoint_proto::ids::IdError| error.to_string())
 }
 
 /// `local` or `stores/local`.

@@ -2,6 +2,8 @@
 //!
 //! An operation outlives every connection: where a call fails because the agent is away, it is asked again for a while.
 
+mod tell;
+
 use std::pin::pin;
 use std::time::Duration;
 
@@ -9,7 +11,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client};
 use vfio_checkpoint_proto::ids::OperationName;
-use vfio_checkpoint_proto::v1::{CancelOperationRequest, Operation, OperationAction, OperationPhase};
+use vfio_checkpoint_proto::v1::{CancelOperationRequest, Operation, OperationPhase};
+
+pub(crate) use tell::Teller;
 
 use crate::cli::Waiting;
 use crate::commands::missing;
@@ -28,7 +32,7 @@ const DRAW_EVERY: Duration = Duration::from_millis(500);
 
 /// Waits until an operation is done, and says once what its caller may do.
 pub(crate) async fn done(client: &Client, name: &OperationName) -> Result<Operation, Failure> {
-    poll(client, name, None, &mut None).await
+    poll(client, name, None, &mut None, Teller::new()).await
 }
 
 /// The same, for no longer than a limit, and with a line of progress.
@@ -37,10 +41,14 @@ pub(crate) async fn until_done(
     name: &OperationName,
     limit: Option<Duration>,
     meter: Option<&Meter>,
+    teller: Teller,
 ) -> Result<Operation, Failure> {
     let mut seen = None;
-    let Some(limit) = limit else { return poll(client, name, meter, &mut seen).await };
-    tokio::time::timeout(limit, poll(client, name, meter, &mut seen)).await.unwrap_or_else(|_| {
+    let Some(limit) = limit else { return poll(client, name, meter, &mut seen, teller).await };
+    tokio::time::timeout(limit, poll(client, name, meter, &mut seen, teller)).await.unwrap_or_else(|_| {
+        if let Some(doubtful) = seen.as_ref().filter(|seen| render::in_doubt(seen).is_some()) {
+            return Err(Failure::in_doubt(doubtful));
+        }
         let phase = seen.as_ref().map(Operation::phase).filter(|phase| *phase != OperationPhase::Unspecified);
         let at = phase.map(|phase| format!(" ({})", render::phase(phase)));
         let text = format!(
@@ -60,8 +68,19 @@ pub(crate) async fn stay(
     waiting: &Waiting,
     interrupts: &mut Interrupts,
 ) -> Result<Operation, Failure> {
+    stay_with(client, name, waiting, interrupts, Teller::new()).await
+}
+
+/// The same, with more to say on the way.
+pub(crate) async fn stay_with(
+    client: &Client,
+    name: &OperationName,
+    waiting: &Waiting,
+    interrupts: &mut Interrupts,
+    teller: Teller,
+) -> Result<Operation, Failure> {
     let meter = Meter::new(None);
-    let waited = until_done(client, name, waiting.wait_timeout, Some(&meter));
+    let waited = until_done(client, name, waiting.wait_timeout, Some(&meter), teller);
     match interrupts.or(client, name, waited).await {
         Some(done) => done,
         None => Err(after_interrupt(client, name, interrupts).await),
@@ -85,6 +104,7 @@ async fn poll(
     name: &OperationName,
     meter: Option<&Meter>,
     seen: &mut Option<Operation>,
+    mut teller: Teller,
 ) -> Result<Operation, Failure> {
     let say = |text: &str| match meter {
         Some(meter) => meter.say(text),
@@ -93,7 +113,6 @@ async fn poll(
     let longest = if meter.is_some_and(Meter::is_seen) { DRAW_EVERY } else { LOOK_EVERY };
     // Most of what is waited for begins or ends soon; then it is asked less and less.
     let mut look_every = FIRST_LOOK;
-    let mut told = Vec::new();
     let mut away = 0;
     loop {
         let asked = tokio::time::Instant::now();
@@ -122,14 +141,12 @@ async fn poll(
             return Ok(operation);
         }
         *seen = Some(operation.clone());
-        for (action, text) in [
-            (OperationAction::Cutover, "pause the workload and call: vfioctl operations cutover"),
-            (OperationAction::Resume, "the devices are held; to run them call: vfioctl operations resume"),
-        ] {
-            if operation.actions().any(|found| found == action) && !told.contains(&action) {
-                told.push(action);
-                say(&format!("{text} {}", name.id()));
-            }
+        // The destination has said all that it will.
+        if render::is_for_somebody(&operation) {
+            return Err(Failure::in_doubt(&operation));
+        }
+        for text in teller.hear(&operation, asked) {
+            say(&text);
         }
         // The agent answers when the time is up. One that does not wait must not be asked without end.
         tokio::time::sleep_until(asked + look_every / 2).await;
@@ -197,7 +214,7 @@ pub(crate) async fn after_interrupt(
         done = done(client, name) => done,
         () = interrupts.next() => {
             let hint = format!("to see what became of it call: vfioctl operations get {}", name.id());
-            let failure = Failure::new(Exit::Interrupted, format!("{name} is being undone"));
+            let failure = Failure::new(Exit::Interrupted, format!("{name} is not over yet"));
             return failure.about(name).hint(&hint);
         }
     };
@@ -211,6 +228,8 @@ pub(crate) async fn after_interrupt(
                 Failure::ended(Exit::Interrupted, text, &operation)
             }
         },
+        // What somebody has to do is worse news, too.
+        Err(failure) if failure.exit == Exit::NeedsSomebody => failure,
         Err(failure) => failure.exits(Exit::Interrupted),
     }
 }

@@ -40,6 +40,14 @@ fn what_cannot_be_is_refused() {
         ("vfioctl save a --output d --memory post-copy", ErrorKind::InvalidValue),
         ("vfioctl devices list --server-name a --server-spiffe-id spiffe://d/a", ErrorKind::ArgumentConflict),
         ("vfioctl operations get a.b", ErrorKind::ValueValidation),
+        ("vfioctl migrate a", ErrorKind::MissingRequiredArgument),
+        ("vfioctl migrate --to b", ErrorKind::MissingRequiredArgument),
+        ("vfioctl migrate a --to b --request-id mine", ErrorKind::ValueValidation),
+        ("vfioctl migrate a --to b --on-no-convergence stay", ErrorKind::InvalidValue),
+        ("vfioctl migrate a --to b --to-key k", ErrorKind::MissingRequiredArgument),
+        ("vfioctl migrate a --to b --onto x/y", ErrorKind::ValueValidation),
+        ("vfioctl operations resolve 1 --resume-here --let-go", ErrorKind::ArgumentConflict),
+        ("vfioctl operations resolve 1 --accept-loss", ErrorKind::MissingRequiredArgument),
     ] {
         let error = parse(line).unwrap_err();
         assert_eq!(error.kind(), kind, "{line}");

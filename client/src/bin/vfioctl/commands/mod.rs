@@ -6,6 +6,7 @@ pub(crate) mod context;
 pub(crate) mod devices;
 pub(crate) mod dirty_tracking;
 pub(crate) mod doctor;
+pub(crate) mod migrate;
 pub(crate) mod operations;
 pub(crate) mod restore;
 pub(crate) mod save;

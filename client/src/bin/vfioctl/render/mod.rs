@@ -11,6 +11,7 @@
 
 mod checkpoint;
 mod device;
+mod handover;
 mod operation;
 
 use std::borrow::Cow;
@@ -25,6 +26,7 @@ use vfio_checkpoint_proto::v1;
 
 pub(crate) use checkpoint::{AddedDoc, CheckpointDoc, DeviceStateDoc, checkpoints, device_states};
 pub(crate) use device::{DeviceDoc, device_change, devices};
+pub(crate) use handover::{HandoverDoc, in_doubt, is_for_somebody, verdict_in_words, verdict_name};
 pub(crate) use operation::{OperationDoc, operations};
 
 use crate::cli::OutputFormat;
@@ -294,14 +296,23 @@ fn size(size: Option<&v1::DataSize>) -> String {
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
-struct SizeDoc {
+pub(crate) struct SizeDoc {
     kind: &'static str,
     bytes: u64,
 }
 
 impl SizeDoc {
-    fn new(size: &v1::DataSize) -> Self {
+    pub(crate) fn new(size: &v1::DataSize) -> Self {
         Self { kind: short(size.kind().as_str_name(), "DATA_SIZE_KIND_"), bytes: size.bytes }
+    }
+
+    /// Nothing where it is not known.
+    pub(crate) fn text(&self) -> String {
+        match self.kind {
+            "KNOWN" => bytes(self.bytes),
+            "UPPER_BOUND" => format!("<= {}", bytes(self.bytes)),
+            _ => String::new(),
+        }
     }
 }
 
@@ -317,6 +328,11 @@ impl BlockerDoc {
     pub(crate) fn new(blocker: &v1::Blocker) -> Self {
         let reason = short(blocker.reason().as_str_name(), "BLOCKER_REASON_");
         Self { reason: reason.into(), device: blocker.device.clone(), message: blocker.message.clone() }
+    }
+
+    /// What this program finds in the way.
+    pub(crate) fn own(reason: &'static str, message: String) -> Self {
+        Self { reason: reason.into(), device: String::new(), message }
     }
 
     /// As the details of a status say it.

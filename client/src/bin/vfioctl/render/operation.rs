@@ -7,7 +7,8 @@ use vfio_checkpoint_client::call::printable;
 use vfio_checkpoint_proto::v1;
 
 use super::{
-    Column, Detail, SizeDoc, bytes, hex, micros, moment, phase, rows, said, seconds, short, time, usual, wide,
+    Column, Detail, HandoverDoc, SizeDoc, bytes, hex, in_doubt, micros, moment, phase, rows, said, seconds,
+    short, time, usual, wide, yes,
 };
 use crate::values::short_checkpoint;
 
@@ -35,7 +36,12 @@ pub(crate) struct OperationDoc {
     downtime_us: Option<u64>,
     actions: Vec<&'static str>,
     trace_id: String,
+    /// Of a migration or an arrival.
+    handover: Option<HandoverDoc>,
     devices: Vec<OperationDeviceDoc>,
+    /// For tables: that it is in doubt, and what leads on.
+    #[serde(skip)]
+    doubt: Option<(String, String)>,
 }
 
 #[derive(Debug, Serialize)]
@@ -86,6 +92,8 @@ impl OperationDoc {
                 .map(|action| short(action.as_str_name(), "OPERATION_ACTION_"))
                 .collect(),
             trace_id: operation.trace_id.clone(),
+            handover: operation.handover.as_ref().map(HandoverDoc::new),
+            doubt: in_doubt(operation),
             devices: operation
                 .devices
                 .iter()
@@ -102,7 +110,7 @@ impl OperationDoc {
     }
 }
 
-const COLUMNS: [Column<OperationDoc>; 12] = [
+const COLUMNS: [Column<OperationDoc>; 16] = [
     usual("NAME", |operation| printable(&operation.name)),
     usual("KIND", |operation| said(operation.kind)),
     usual("PHASE", |operation| said(operation.phase)),
@@ -120,7 +128,16 @@ const COLUMNS: [Column<OperationDoc>; 12] = [
     wide("OUTCOME", |operation| said(operation.outcome)),
     wide("CALLER", |operation| printable(&operation.caller)),
     wide("CHECKPOINT", |operation| printable(&short_checkpoint(&operation.checkpoint))),
+    wide("PEER", |operation| far(operation, |handover| printable(&handover.peer))),
+    wide("PEER_OPERATION", |operation| far(operation, |handover| printable(&handover.peer_operation))),
+    wide("VERDICT", |operation| far(operation, |handover| said(handover.verdict))),
+    wide("IN_DOUBT", |operation| far(operation, |handover| yes(handover.in_doubt))),
 ];
+
+/// Of the other side, where there is one.
+fn far(operation: &OperationDoc, cell: fn(&HandoverDoc) -> String) -> String {
+    operation.handover.as_ref().map(cell).unwrap_or_default()
+}
 
 pub(crate) fn operations(detail: Detail, operations: &[OperationDoc]) -> String {
     let mut text = rows(detail, &COLUMNS, operations);
@@ -128,6 +145,13 @@ pub(crate) fn operations(detail: Detail, operations: &[OperationDoc]) -> String 
         if let Some(failure) = &operation.failure {
             let (name, reason) = (printable(&operation.name), printable(&failure.reason));
             text.extend([format!("{name}: {reason}: {}\n", printable(&failure.message))]);
+        }
+        if let Some((doubt, hint)) = &operation.doubt {
+            text.extend([format!("{}: {doubt}\n  {hint}\n", printable(&operation.name))]);
+        }
+        let resolution = operation.handover.as_ref().map_or("", |handover| handover.resolution.as_str());
+        if !resolution.is_empty() {
+            text.extend([format!("{}: resolved: {}\n", printable(&operation.name), printable(resolution))]);
         }
     }
     text

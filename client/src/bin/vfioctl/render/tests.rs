@@ -42,6 +42,37 @@ fn operation() -> v1::Operation {
     }
 }
 
+fn migration() -> v1::Operation {
+    v1::Operation {
+        name: "operations/019aa7b4c12-5c0ffee15c0ffee1".to_owned(),
+        kind: v1::OperationKind::Migration.into(),
+        phase: v1::OperationPhase::Committing.into(),
+        actions: vec![v1::OperationAction::Resolve.into()],
+        handover: Some(v1::Handover {
+            peer: "https://node2:7443".to_owned(),
+            peer_operation: "operations/019aa7b4c13-5c0ffee15c0ffee2".to_owned(),
+            stop_time: Some(prost_types::Timestamp { seconds: 1_800_000_000, nanos: 0 }),
+            in_doubt: true,
+            doubt: "10.0.0.2:7443 refuses the connection\u{1b}[2J".to_owned(),
+            resent_bytes: 1 << 20,
+            reconnects: 2,
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+fn resolved() -> v1::Operation {
+    let mut operation = migration();
+    operation.done = true;
+    operation.phase = v1::OperationPhase::Done.into();
+    let handover = operation.handover.as_mut().unwrap();
+    handover.in_doubt = false;
+    handover.verdict = v1::HandoverVerdict::Lost.into();
+    handover.resolution = "RESUME_HERE by spiffe://lab/admin: power is off".to_owned();
+    operation
+}
+
 fn checkpoint() -> v1::Checkpoint {
     v1::Checkpoint {
         name: "stores/local/checkpoints/019aa7b4c10-5c0ffee15c0ffee1".to_owned(),
@@ -90,6 +121,14 @@ fn devices_in_every_format() {
 fn operations_in_every_format() {
     let docs = [OperationDoc::new(&operation())];
     insta::assert_snapshot!(all(&docs, |detail| operations(detail, &docs)));
+}
+
+#[test]
+fn migrations_in_every_format() {
+    let docs = [OperationDoc::new(&migration()), OperationDoc::new(&resolved())];
+    let text = all(&docs, |detail| operations(detail, &docs));
+    assert!(text.chars().all(|letter| letter == '\n' || !letter.is_control()), "{text:?}");
+    insta::assert_snapshot!(text);
 }
 
 #[test]

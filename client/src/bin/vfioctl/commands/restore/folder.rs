@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Invariants: the whole folder is verified before the agent is asked for anything. A file that changes after that is
-//! found before its seal is sent, so its state is never run. Failure paths: the stream is aborted with the reason, and
-//! the agent resets the devices; Ctrl-C cancels the restore.
+//! found before its seal is sent, so its state is never run. A connection that breaks is dialed again, and the stream goes
+//! on. Failure paths: the stream is aborted with the reason, and the agent resets the devices; Ctrl-C cancels the restore.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,11 +14,12 @@ use std::time::Duration;
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_client::document::Consistency;
 use vfio_checkpoint_client::folder::FolderReader;
-use vfio_checkpoint_client::transfer::{GiveState, Giver};
+use vfio_checkpoint_client::transfer::{GiveState, Giver, RedialOperation, Spool, SpoolOptions};
 use vfio_checkpoint_proto::DEFAULT_CHUNK_BYTES;
 use vfio_checkpoint_proto::domain::ConfigSpaceCapture;
 use vfio_checkpoint_proto::ids::OperationName;
 use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_proto::version::VersionRange;
 
 use super::{RestoreArgs, Summary, dry_run, request};
 use crate::cli::OutputFormat;
@@ -87,13 +88,24 @@ pub(super) async fn restore(
     }
 }
 
+/// How long a connection that broke is dialed again: as long as an agent waits by default.
+const RESUME_WINDOW: Duration = Duration::from_secs(30);
+/// What is kept in memory for that, at most. An agent that would have more is refused.
+const MAX_SPOOL_BYTES: u64 = 256 << 20;
+
 struct Given {
     moved_bytes: u64,
     time: Duration,
 }
 
 async fn give(client: &Client, name: &OperationName, folder: &FolderReader) -> Result<Given, Failure> {
-    let GiveState { limits, mut giver, .. } = GiveState::open(client, name).await.map_err(Failure::open)?;
+    let GiveState { limits, giver, .. } = GiveState::open(client, name).await.map_err(Failure::open)?;
+    let least_bytes = Spool::least_memory_bytes(&limits);
+    let spool = Spool::in_memory(SpoolOptions::default().memory_bytes.max(least_bytes.min(MAX_SPOOL_BYTES)));
+    let redial = RedialOperation::new(client.clone(), name.clone(), VersionRange::OURS);
+    let mut giver = giver
+        .resumable(spool, Box::new(redial), RESUME_WINDOW)
+        .map_err(|error| Failure::new(Exit::Failed, error))?;
     let meter = Meter::new(Some(folder.seals().map(|seal| seal.bytes).sum()));
     meter.phase("LOADING");
     let chunk_bytes = limits.max_chunk_bytes.min(DEFAULT_CHUNK_BYTES) as usize;

@@ -77,7 +77,7 @@ struct Target {
 
 /// Whether to read state while devices run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum PreCopy {
+pub(super) enum PreCopy {
     /// Where every device can
     Auto,
     /// Never
@@ -88,7 +88,7 @@ enum PreCopy {
 
 /// Who says when to stop devices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Cutover {
+pub(super) enum Cutover {
     /// The agent
     Auto,
     /// The caller, by `vfioctl operations cutover`
@@ -108,13 +108,42 @@ enum After {
 
 /// How memory is captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Memory {
+pub(super) enum Memory {
     /// Not at all: device state alone is wanted
     None,
     /// While the workload and its devices stand still
     WhileStopped,
     /// While it runs, with dirty tracking, and the rest while it stands still
     DirtyTracking,
+}
+
+impl PreCopy {
+    pub(super) fn wire(self) -> v1::PreCopyMode {
+        match self {
+            Self::Auto => v1::PreCopyMode::Unspecified,
+            Self::Never => v1::PreCopyMode::Never,
+            Self::Required => v1::PreCopyMode::Required,
+        }
+    }
+}
+
+impl Cutover {
+    pub(super) fn wire(self) -> v1::CutoverMode {
+        match self {
+            Self::Auto => v1::CutoverMode::Auto,
+            Self::Manual => v1::CutoverMode::Manual,
+        }
+    }
+}
+
+impl Memory {
+    pub(super) fn wire(self) -> v1::MemoryCapture {
+        match self {
+            Self::None => v1::MemoryCapture::None,
+            Self::WhileStopped => v1::MemoryCapture::WhileStopped,
+            Self::DirtyTracking => v1::MemoryCapture::DirtyTracking,
+        }
+    }
 }
 
 pub(crate) async fn run(client: &Client, args: SaveArgs, format: OutputFormat) -> Result<Exit, Failure> {
@@ -129,32 +158,18 @@ pub(crate) async fn run(client: &Client, args: SaveArgs, format: OutputFormat) -
 }
 
 fn request(args: &SaveArgs) -> Result<v1::StartSaveRequest, Failure> {
-    let pre_copy = match args.pre_copy {
-        PreCopy::Auto => v1::PreCopyMode::Unspecified,
-        PreCopy::Never => v1::PreCopyMode::Never,
-        PreCopy::Required => v1::PreCopyMode::Required,
-    };
-    let cutover = match args.cutover {
-        Cutover::Auto => v1::CutoverMode::Auto,
-        Cutover::Manual => v1::CutoverMode::Manual,
-    };
     let after = match args.after {
         After::Resume => v1::AfterSave::Resume,
         After::Hold => v1::AfterSave::Hold,
         After::StayStopped => v1::AfterSave::StayStopped,
     };
-    let memory_capture = match args.memory {
-        Memory::None => v1::MemoryCapture::None,
-        Memory::WhileStopped => v1::MemoryCapture::WhileStopped,
-        Memory::DirtyTracking => v1::MemoryCapture::DirtyTracking,
-    };
     Ok(v1::StartSaveRequest {
         devices: args.devices.iter().map(ToString::to_string).collect(),
-        pre_copy: pre_copy.into(),
-        cutover: cutover.into(),
+        pre_copy: args.pre_copy.wire().into(),
+        cutover: args.cutover.wire().into(),
         after: after.into(),
         downtime_limit: args.downtime_limit.and_then(|limit| prost_types::Duration::try_from(limit).ok()),
-        memory_capture: memory_capture.into(),
+        memory_capture: args.memory.wire().into(),
         request_id: request_id()?,
         owner_pod: args.owner_pod.clone().map(String::from).unwrap_or_default(),
         store: args.target.store.clone().map(String::from).unwrap_or_default(),

@@ -1,0 +1,212 @@
+//! The part of a spool that is on disk: a file without a name, used as a ring.
+//!
+//! ```text
+//!   0 ...... first record ====== next ...... capacity        records are in one piece each
+//!   0 === next ...... first record ====== (unused) capacity  the next one begins at 0 where it would not fit
+//! ```
+//! Invariants: records are freed in the order in which they were placed, and none overlaps one that is not free. Room is
+//! used again, and goes back to the file system when the file is closed.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::task::{JoinHandle, spawn_blocking};
+use vfio_checkpoint_proto::frame::is_intact;
+use vfio_checkpoint_proto::v1::StreamMessage;
+use vfio_checkpoint_proto::v1::stream_message::Kind;
+use vfio_checkpoint_proto::wire::{Assembly, Encoded, Sender, encode};
+
+use super::SpoolError;
+
+/// Where a frame is in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Disk {
+    folder: PathBuf,
+    file: Arc<File>,
+    ring: Ring,
+    /// The write that is under way. Whoever waited for it may be gone; the next one comes after it, or the two could be
+    /// of the same place.
+    writing: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Disk {
+    pub(super) async fn create(folder: PathBuf, capacity_bytes: u64) -> Result<Self, SpoolError> {
+        let at = folder.clone();
+        match blocking(move || nameless(&at)).await {
+            Ok(file) => Ok(Self::of(folder, file, capacity_bytes)),
+            Err(source) => Err(SpoolError::Folder { folder, source }),
+        }
+    }
+
+    pub(super) fn of(folder: PathBuf, file: File, capacity_bytes: u64) -> Self {
+        Self { folder, file: Arc::new(file), ring: Ring::new(capacity_bytes), writing: None }
+    }
+
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.ring.records.iter().map(|record| record.bytes).sum()
+    }
+
+    pub(super) fn fits(&self, bytes: u64) -> bool {
+        self.ring.next(bytes).is_some()
+    }
+
+    /// Makes a place for a message, if there is one.
+    pub(super) fn place(&mut self, message: &StreamMessage) -> Option<Record> {
+        let Encoded { head, state } = encode(message.clone());
+        self.ring.place((head.len() + state.len()) as u64)
+    }
+
+    pub(super) fn free_first(&mut self) {
+        self.ring.records.pop_front();
+    }
+
+    pub(super) async fn write(&mut self, message: StreamMessage, record: Record) -> Result<(), SpoolError> {
+        self.written().await?;
+        let file = Arc::clone(&self.file);
+        self.writing = Some(spawn_blocking(move || {
+            let Encoded { head, state } = encode(message);
+            file.write_all_at(&head, record.offset)?;
+            file.write_all_at(&state, record.offset + head.len() as u64)
+        }));
+        self.written().await
+    }
+
+    async fn written(&mut self) -> Result<(), SpoolError> {
+        let Some(writing) = &mut self.writing else { return Ok(()) };
+        let written = writing.await.map_err(io::Error::other).flatten();
+        self.writing = None;
+        written.map_err(|source| SpoolError::Write { folder: self.folder.clone(), source })
+    }
+
+    /// The frame that was written there, if it is the one of this number and whole.
+    pub(super) async fn read(&self, record: Record, sequence: u64) -> Result<StreamMessage, SpoolError> {
+        let file = Arc::clone(&self.file);
+        let read = blocking(move || {
+            // No longer than what this process has placed there.
+            let mut bytes = vec![0; usize::try_from(record.bytes).unwrap_or(usize::MAX)];
+            file.read_exact_at(&mut bytes, record.offset)?;
+            Ok(Bytes::from(bytes))
+        });
+        let bytes = read.await.map_err(|source| SpoolError::Read { folder: self.folder.clone(), source })?;
+        let damaged = || SpoolError::Damaged { folder: self.folder.clone(), sequence };
+        let mut assembly = Assembly::new(Sender::Agent);
+        assembly.push(bytes);
+        let message = assembly.message().ok().flatten().ok_or_else(damaged)?;
+        let is_whole = assembly.finish().is_ok()
+            && matches!(&message.kind, Some(Kind::Frame(frame)) if frame.sequence == sequence && is_intact(frame));
+        if is_whole { Ok(message) } else { Err(damaged()) }
+    }
+}
+
+/// Runs what may block on a thread for that.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+/// A file in `folder` that nobody else finds, and that is gone once it is closed.
+fn nameless(folder: &Path) -> io::Result<File> {
+    static NUMBER: AtomicU64 = AtomicU64::new(0);
+    loop {
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = folder.join(format!(".vfio-checkpoint-spool-{}-{number}", std::process::id()));
+        match OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path) {
+            Ok(file) => {
+                std::fs::remove_file(&path)?;
+                return Ok(file);
+            }
+            // Of an earlier process of this number, which ended between the two lines above.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Which parts of the file are in use.
+#[derive(Debug)]
+struct Ring {
+    capacity_bytes: u64,
+    /// In the order in which they were placed.
+    records: VecDeque<Record>,
+}
+
+impl Ring {
+    fn new(capacity_bytes: u64) -> Self {
+        Self { capacity_bytes, records: VecDeque::new() }
+    }
+
+    /// Where a record of this length goes, if there is room.
+    fn next(&self, bytes: u64) -> Option<u64> {
+        let (Some(first), Some(last)) = (self.records.front(), self.records.back()) else {
+            return (bytes <= self.capacity_bytes).then_some(0);
+        };
+        let end = last.offset + last.bytes;
+        if last.offset < first.offset {
+            return (bytes <= first.offset - end).then_some(end);
+        }
+        if bytes <= self.capacity_bytes - end {
+            return Some(end);
+        }
+        (bytes <= first.offset).then_some(0)
+    }
+
+    fn place(&mut self, bytes: u64) -> Option<Record> {
+        let record = Record { offset: self.next(bytes)?, bytes };
+        self.records.push_back(record);
+        Some(record)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_uses_its_room_again_and_never_twice_at_once() {
+        let mut ring = Ring::new(10);
+        let offset = |ring: &mut Ring, bytes| ring.place(bytes).map(|record| record.offset);
+        assert_eq!(offset(&mut ring, 11), None);
+        assert_eq!([4, 4, 3].map(|bytes| offset(&mut ring, bytes)), [Some(0), Some(4), None]);
+        assert_eq!(offset(&mut ring, 2), Some(8));
+        ring.records.pop_front();
+        assert_eq!([3, 2, 1].map(|bytes| offset(&mut ring, bytes)), [Some(0), None, Some(3)]);
+        // What is left is 4..8, 8..10, 0..3, 3..4: full.
+        assert_eq!(offset(&mut ring, 1), None);
+        for _ in 0..4 {
+            ring.records.pop_front();
+        }
+        assert_eq!(offset(&mut ring, 10), Some(0));
+    }
+
+    #[test]
+    fn no_two_records_overlap_whatever_is_placed_and_freed() {
+        let mut ring = Ring::new(1000);
+        let mut random = 7_u64;
+        let mut placed = 0;
+        for _ in 0..20_000 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            if random >> 63 == 0 {
+                ring.records.pop_front();
+            } else if ring.place(1 + (random >> 33) % 300).is_some() {
+                placed += 1;
+            }
+            let mut used: Vec<_> =
+                ring.records.iter().map(|record| (record.offset, record.offset + record.bytes)).collect();
+            used.sort_unstable();
+            assert!(used.windows(2).all(|pair| pair[0].1 <= pair[1].0), "{used:?}");
+            assert!(used.iter().all(|(_, end)| *end <= 1000), "{used:?}");
+        }
+        assert!(placed > 1000);
+    }
+}
