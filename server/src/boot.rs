@@ -26,11 +26,13 @@ use crate::config::AgentConfig;
 use crate::core::Core;
 use crate::environment::Environment;
 use crate::failpoint::reached;
-use crate::journal::{DeviceRecord, Journal, JournalError};
+use crate::journal::{DeviceRecord, Journal, JournalError, Recorded};
+use crate::operation::record::OperationRecord;
 use crate::operation::{Entry, Operations, Unfinished};
 use crate::registry::keeper::{Keeper, KeeperError};
 use crate::registry::opening::{Arrival, Opener, bring_back_unclaimed, retry_unavailable};
 use crate::registry::{Registry, Slot};
+use crate::security::reload::TlsSource;
 use crate::stores::{Stores, StoresError, debts};
 
 /// Why an agent cannot begin. No device was touched.
@@ -69,17 +71,13 @@ pub enum BootError {
 }
 
 /// Brings an agent up to where it can be served. What it does in the background ends with its tasks.
-pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<Arc<Core>, BootError> {
+pub async fn boot(
+    config: Arc<AgentConfig>,
+    environment: Environment,
+    tls: Option<TlsSource>,
+) -> Result<Arc<Core>, BootError> {
     let stores = Stores::new(&config, &environment)?;
-    let (journal, recorded) = {
-        let (folder, executor) = (config.node.state_dir.clone(), Arc::clone(&environment.executor));
-        let opened = environment.blocking("journal-open", move || {
-            let journal = Journal::open(&folder, &*executor)?;
-            let recorded = journal.load()?;
-            Ok::<_, JournalError>((journal, recorded))
-        });
-        opened.await.map_err(JournalError::Lane)??
-    };
+    let (journal, recorded) = read_journal(&config, &environment).await?;
     reached(format_args!("boot: journal read"));
     let keeper = if let Some(socket) = &config.holder.socket {
         Some(Keeper::connect(&environment, socket.clone()).await?)
@@ -113,16 +111,7 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
         slots.push(Slot::new(name, address, pod, environment, Arc::clone(&revision)).by(device.path));
     }
 
-    let mut unfinished = Vec::new();
-    let mut entries = Vec::with_capacity(recorded.operations.len());
-    for record in recorded.operations {
-        let step = record.step.clone();
-        let entry = Arc::new(Entry::recorded(record));
-        entries.push(Arc::clone(&entry));
-        if !step.is_ended() {
-            unfinished.push(Unfinished { entry, step });
-        }
-    }
+    let (entries, unfinished) = entries(recorded.operations);
     let operations = Operations::new(entries, recorded.requests);
     let registry = Registry::new(slots, revision);
     let core = Arc::new(Core::new(
@@ -133,6 +122,7 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
         operations,
         keeper.clone(),
         stores,
+        tls,
     ));
     let opener = Opener {
         environment: core.environment.clone(),
@@ -173,6 +163,36 @@ pub async fn boot(config: Arc<AgentConfig>, environment: Environment) -> Result<
         core.tasks.spawn(keeper.look_after(core.environment.clone()));
     }
     Ok(core)
+}
+
+/// All operations of the journal, and those of them that are not over.
+fn entries(records: Vec<OperationRecord>) -> (Vec<Arc<Entry>>, Vec<Unfinished>) {
+    let mut unfinished = Vec::new();
+    let mut entries = Vec::with_capacity(records.len());
+    for record in records {
+        let step = record.step.clone();
+        let entry = Arc::new(Entry::recorded(record));
+        entries.push(Arc::clone(&entry));
+        if !step.is_ended() {
+            unfinished.push(Unfinished { entry, step });
+        }
+    }
+    (entries, unfinished)
+}
+
+/// Opens the journal, and reads what is in it.
+async fn read_journal(
+    config: &AgentConfig,
+    environment: &Environment,
+) -> Result<(Journal, Recorded), JournalError> {
+    let folder = config.node.state_dir.clone();
+    let (executor, disk) = (Arc::clone(&environment.executor), Arc::clone(&environment.disk));
+    let opened = environment.blocking("journal-open", move || {
+        let journal = Journal::open(&folder, &executor, disk)?;
+        let recorded = journal.load()?;
+        Ok((journal, recorded))
+    });
+    opened.await.map_err(JournalError::Lane)?
 }
 
 /// Pays what is owed to stores, and collects in them.

@@ -10,10 +10,13 @@ use vfio_checkpoint_device::chain;
 
 use crate::config::AgentConfig;
 use crate::environment::Environment;
-use crate::journal::{Change, Journal};
-use crate::operation::Operations;
+use crate::journal::{Change, Journal, JournalError};
+use crate::migration::Tickets;
+use crate::operation::record::RecordedStep;
+use crate::operation::{Entry, Operations};
 use crate::registry::Registry;
 use crate::registry::keeper::Keeper;
+use crate::security::reload::TlsSource;
 use crate::stores::Stores;
 
 /// The agent without its doors.
@@ -33,6 +36,10 @@ pub struct Core {
     pub keeper: Option<Keeper>,
     /// Its stores of checkpoints.
     pub stores: Stores,
+    /// What it shows to other agents that it calls. None where it is not served.
+    pub tls: Option<TlsSource>,
+    /// What it has promised to let in.
+    pub tickets: Tickets,
     /// What runs on its behalf.
     pub tasks: Tasks,
     ending: AtomicBool,
@@ -72,6 +79,10 @@ impl Tasks {
 
 impl Core {
     /// Puts the parts together.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "each is a part of its own, and there is one place that has them all"
+    )]
     pub fn new(
         config: Arc<AgentConfig>,
         environment: Environment,
@@ -80,9 +91,30 @@ impl Core {
         operations: Operations,
         keeper: Option<Keeper>,
         stores: Stores,
+        tls: Option<TlsSource>,
     ) -> Self {
-        let (tasks, ending, alive) = (Tasks::default(), AtomicBool::new(false), watch::Sender::new(()));
-        Self { config, environment, journal, registry, operations, keeper, stores, tasks, ending, alive }
+        Self {
+            config,
+            environment,
+            journal,
+            registry,
+            operations,
+            keeper,
+            stores,
+            tls,
+            tickets: Tickets::default(),
+            tasks: Tasks::default(),
+            ending: AtomicBool::new(false),
+            alive: watch::Sender::new(()),
+        }
+    }
+
+    /// Puts a step of an operation on record.
+    pub(crate) async fn record_step(&self, entry: &Entry, step: RecordedStep) -> Result<(), JournalError> {
+        let _one_at_a_time = entry.recording.lock().await;
+        self.journal.commit(vec![Change::Operation(Box::new(entry.record(step.clone())))]).await?;
+        entry.set_on_record(step);
+        Ok(())
     }
 
     /// Ready once nobody has the agent any more, and what it had is closed.

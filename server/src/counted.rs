@@ -6,29 +6,29 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_stream::Stream;
 use tonic::transport::server::Connected;
+use vfio_checkpoint_client::network::{BoxStream, Listener};
 
 /// How many connections there may be at a time. The next one waits in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
 
 /// The connections of a listener, at most [`MAX_CONNECTIONS`] at a time.
-pub(crate) fn counted(tcp: TcpListener) -> impl Stream<Item = io::Result<Counted>> {
+pub(crate) fn counted(listener: Box<dyn Listener>) -> impl Stream<Item = io::Result<Counted>> {
     let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    futures_util::stream::unfold((tcp, room), |(tcp, room)| async move {
+    futures_util::stream::unfold((listener, room), |(listener, room)| async move {
         // The semaphore is never closed.
         let permit = Arc::clone(&room).acquire_owned().await.ok()?;
-        let accepted = tcp.accept().await.map(|(stream, _)| Counted { stream, _permit: permit });
-        Some((accepted, (tcp, room)))
+        let accepted = listener.accept().await.map(|(stream, _)| Counted { stream, _permit: permit });
+        Some((accepted, (listener, room)))
     })
 }
 
 /// A connection that gives its place back when it ends.
 #[derive(Debug)]
 pub(crate) struct Counted {
-    stream: TcpStream,
+    stream: BoxStream,
     _permit: OwnedSemaphorePermit,
 }
 

@@ -1,7 +1,11 @@
-//! What is not deterministic, in one value: device work, clocks, randomness, the journal's thread.
+//! What is not deterministic, in one value: device work, clocks, randomness, the network, the journal's disk, devices.
 //!
-//! Everything in the agent that asks for the time, waits, draws a number or blocks does it through an [`Environment`],
-//! so that a simulation can stand in for all of it. The monotonic clock measures and waits; the wall clock is for what
+//! ```text
+//!   executor  lanes, now, sleep, random      network   listen, connect        hardware  open, adopt, holder
+//!   wall      what time it is                disk      the journal's file
+//! ```
+//! Everything in the agent that asks for the time, waits, draws a number, blocks, or has to do with anything outside of it
+//! does it through an [`Environment`], so that a simulation can stand in for all of it. The monotonic clock measures and waits; the wall clock is for what
 //! outlives the process (deadlines in the journal) and for people.
 
 use std::fmt;
@@ -10,7 +14,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::oneshot;
+use vfio_checkpoint_client::call::Jitter;
+use vfio_checkpoint_client::network::{Network, Tcp};
 use vfio_checkpoint_device::{Clock, Executor, Threads};
+
+use crate::journal::{Disk, Files};
+use crate::registry::hardware::{Hardware, Node};
 
 /// Milliseconds since 1970, UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -66,6 +75,12 @@ pub struct Environment {
     pub executor: Arc<dyn Executor>,
     /// What time it is.
     pub wall: Arc<dyn WallClock>,
+    /// What listens, and what leads to other agents.
+    pub network: Arc<dyn Network>,
+    /// Where the journal lies.
+    pub disk: Arc<dyn Disk>,
+    /// Where devices and their holder are.
+    pub hardware: Arc<dyn Hardware>,
 }
 
 /// An executor's clock alone.
@@ -79,9 +94,15 @@ impl Clock for ExecutorClock {
 }
 
 impl Environment {
-    /// Threads and the machine's clocks.
+    /// Threads, and the machine's own clocks, network, disk and devices.
     pub fn production() -> Self {
-        Self { executor: Arc::new(Threads::new()), wall: Arc::new(SystemClock) }
+        Self {
+            executor: Arc::new(Threads::new()),
+            wall: Arc::new(SystemClock),
+            network: Arc::new(Tcp),
+            disk: Arc::new(Files),
+            hardware: Arc::new(Node),
+        }
     }
 
     /// What time it is.
@@ -104,6 +125,13 @@ impl Environment {
             let _ = answer.send(work());
         }));
         answered.await.map_err(|_| io::Error::other("the work died, which is a defect to report"))
+    }
+
+    /// What spreads this agent's calls to other agents, for the options of a client.
+    pub fn jitter(&self) -> Jitter {
+        let executor = Arc::clone(&self.executor);
+        // The upper half is as random as the whole.
+        Jitter::from_fn(move || u32::try_from(executor.random() >> 32).unwrap_or_default())
     }
 
     /// Waits.

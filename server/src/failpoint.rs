@@ -5,9 +5,10 @@
 //!   reached(NAME), reached(NAME), reached(NAME): "stopped at NAME" on standard error, and no step further
 //!
 //!   let failing = fail(FOLDER, "commit of HELD", 1)
-//!   failing(FOLDER/.., "commit of HELD")  Ok, then EIO, EIO, ... until it is dropped
+//!   failing(FOLDER/.., "commit of HELD")  Ok, then EIO, EIO, ... until it is dropped; "failed at ..." on standard error
 //! ```
-//! The second kind is of one folder, and so of one agent, because many agents run in one process of tests.
+//! The second kind is of one folder, and so of one agent, because many agents run in one process of tests. Whoever
+//! watches a folder is told of each of them, whether it fails or not.
 //!
 //! They are there with the feature `failpoints` alone, which only the workspace's tests turn on. Without it `reached` is
 //! an empty function, and nothing reads the environment. The crate `fail` is not used: it prints nothing before it
@@ -39,7 +40,7 @@ pub(crate) fn reached(point: fmt::Arguments<'_>) {
 }
 
 #[cfg(feature = "failpoints")]
-pub use on::{Failing, arm, fail, release};
+pub use on::{Failing, Watching, arm, fail, release, watch};
 
 #[cfg(feature = "failpoints")]
 pub(crate) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
@@ -53,10 +54,11 @@ pub(crate) fn reached(point: fmt::Arguments<'_>) {
 
 #[cfg(feature = "failpoints")]
 mod on {
+    use std::collections::BTreeMap;
     use std::fmt;
     use std::io::{self, Write as _};
     use std::path::{Path, PathBuf};
-    use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+    use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 
     use tokio::sync::watch;
 
@@ -119,7 +121,37 @@ mod on {
         Failing(failing)
     }
 
+    type Told = Arc<dyn Fn(&str) + Send + Sync>;
+
+    static WATCHES: Mutex<BTreeMap<PathBuf, Told>> = Mutex::new(BTreeMap::new());
+
+    fn watches() -> MutexGuard<'static, BTreeMap<PathBuf, Told>> {
+        WATCHES.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A folder is watched until this is dropped.
+    #[derive(Debug)]
+    pub struct Watching(PathBuf);
+
+    impl Drop for Watching {
+        fn drop(&mut self) {
+            watches().remove(&self.0);
+        }
+    }
+
+    /// Has `tell` told of each point that is come to with a file in `folder`. One watches a folder at a time.
+    #[must_use = "it is watched until the value is dropped"]
+    pub fn watch(folder: &Path, tell: impl Fn(&str) + Send + Sync + 'static) -> Watching {
+        watches().insert(folder.to_owned(), Arc::new(tell));
+        Watching(folder.to_owned())
+    }
+
     pub(super) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
+        // Told without the lock: whoever is told may come to a point of its own.
+        let told = path.parent().and_then(|folder| watches().get(folder).cloned());
+        if let Some(told) = told {
+            told(&point.to_string());
+        }
         let mut all = fails();
         let mut strikes = all.iter_mut().filter(|fails| path.starts_with(&fails.folder));
         let Some(struck) = strikes.find(|fails| point.to_string() == fails.point) else { return Ok(()) };
@@ -128,6 +160,9 @@ mod on {
             return Ok(());
         }
         struck.failed.send_modify(|failed| *failed += 1);
+        if points().tell {
+            say(format_args!("failed at {point}"));
+        }
         Err(io::Error::other(format!("a test has {point} fail")))
     }
 

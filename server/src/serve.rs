@@ -16,7 +16,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -25,11 +24,13 @@ use tonic::server::NamedService;
 use tonic::transport::Server;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::server::HealthReporter;
+use vfio_checkpoint_client::network;
 use vfio_checkpoint_device::chain;
 use vfio_checkpoint_proto::MAX_REQUEST_BYTES;
 use vfio_checkpoint_proto::v1::FILE_DESCRIPTOR_SET;
 use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointServiceServer;
 use vfio_checkpoint_proto::v1::device_service_server::DeviceServiceServer;
+use vfio_checkpoint_proto::v1::migration_service_server::MigrationServiceServer;
 use vfio_checkpoint_proto::v1::operation_service_server::OperationServiceServer;
 
 use crate::boot::{BootError, boot};
@@ -38,10 +39,10 @@ use crate::core::Core;
 use crate::counted::counted;
 use crate::environment::Environment;
 use crate::operation::{Cancel, Entry, Phase};
-use crate::rpc::{Bulk, Checkpoints, Devices, OperationsService, UnreadLayer};
+use crate::rpc::{Bulk, Checkpoints, Devices, Migrations, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
 use crate::security::authorize::AuthorizeLayer;
-use crate::security::clock::SystemClock;
+use crate::security::clock::EnvironmentClock;
 use crate::security::files::{TlsError, TlsFiles};
 use crate::security::peers::{PeerLimits, PeerRegistry};
 use crate::security::reload::TlsSource;
@@ -116,20 +117,20 @@ pub struct Agent {
 impl Agent {
     /// Whether an agent could begin, as far as that can be told without touching a device.
     pub fn check(config: &AgentConfig) -> Result<(), ServeError> {
-        tls_source(config).map(|_| ())
+        tls_source(config, &Environment::production()).map(|_| ())
     }
 
     /// Brings an agent up. It is served when this returns.
     pub async fn start(config: AgentConfig, environment: Environment) -> Result<Self, ServeError> {
         let config = Arc::new(config);
         // What can be wrong without a device being touched comes first.
-        let tls = tls_source(&config)?;
-        let tcp = listen(config.server.listen).await?;
-        let health_tcp = match config.server.health_listen {
-            Some(address) => Some(listen(address).await?),
+        let tls = tls_source(&config, &environment)?;
+        let listening = listen(&environment, config.server.listen).await?;
+        let health_listening = match config.server.health_listen {
+            Some(address) => Some(listen(&environment, address).await?),
             None => None,
         };
-        let core = boot(Arc::clone(&config), environment).await?;
+        let core = boot(Arc::clone(&config), environment, Some(tls.clone())).await?;
 
         let server = &config.server;
         let peers = PeerRegistry::start(
@@ -141,7 +142,7 @@ impl Agent {
             },
         );
         let limits = AcceptLimits { handshake_timeout: server.handshake_timeout, ..AcceptLimits::default() };
-        let listener = Listener::new(tcp, tls.clone(), peers.clone(), limits);
+        let listener = Listener::new(listening, tls.clone(), peers.clone(), limits);
         let address =
             listener.local_addr().map_err(|source| ServeError::Listen { address: server.listen, source })?;
         let policy = PolicyHandle::new(Policy { grants: config.grants.clone() });
@@ -174,6 +175,10 @@ impl Agent {
                 checkpoints,
             ))
             .add_service(
+                MigrationServiceServer::new(Migrations::new(Arc::clone(&core)))
+                    .max_decoding_message_size(MAX_REQUEST_BYTES),
+            )
+            .add_service(
                 OperationServiceServer::new(OperationsService::new(Arc::clone(&core)))
                     .max_decoding_message_size(MAX_REQUEST_BYTES),
             )
@@ -192,9 +197,9 @@ impl Agent {
         let mut helpers = Vec::new();
         let interval = config.tls.reload_interval.unwrap_or(DEFAULT_RELOAD);
         helpers.push(tokio::spawn(tls.clone().poll(interval)));
-        let health_address = health_tcp.as_ref().and_then(|tcp| tcp.local_addr().ok());
-        if let Some(tcp) = health_tcp {
-            helpers.push(tokio::spawn(serve_health(tcp, health, said(stopped))));
+        let health_address = health_listening.as_ref().and_then(|listening| listening.local_address().ok());
+        if let Some(listening) = health_listening {
+            helpers.push(tokio::spawn(serve_health(listening, health, said(stopped))));
         }
         tracing::info!(
             %address,
@@ -268,6 +273,7 @@ impl Agent {
         let _ = telling.await;
         set_not_serving(&reporter).await;
         tokio::select! {
+            biased;
             () = undo_all(&core) => {}
             () = core.environment.sleep(grace) => {
                 tracing::warn!("the grace is over; what is still under way is taken up at the next start");
@@ -277,6 +283,7 @@ impl Agent {
         stop.send_replace(true);
         // Watchers and waiters may hold their calls for ever.
         let ended = tokio::select! {
+            biased;
             ended = &mut serving => ended,
             () = core.environment.sleep(LAST_CALLS) => {
                 serving.abort();
@@ -304,6 +311,7 @@ async fn close(core: Arc<Core>) {
     let gone = core.gone();
     drop(core);
     tokio::select! {
+        biased;
         () = gone => {}
         () = environment.sleep(LAST_CALLS) => {
             tracing::warn!("a call is not over yet; until then the journal stays locked by this process");
@@ -320,18 +328,22 @@ const DEFAULT_RELOAD: Duration = Duration::from_secs(30);
 /// How long calls have to end once nothing is under way any more.
 const LAST_CALLS: Duration = Duration::from_secs(2);
 
-fn tls_source(config: &AgentConfig) -> Result<TlsSource, ServeError> {
+fn tls_source(config: &AgentConfig, environment: &Environment) -> Result<TlsSource, ServeError> {
     let files = TlsFiles {
         certificate: config.tls.certificate.clone(),
         key: config.tls.key.clone(),
         client_ca: config.tls.client_ca.clone(),
         crls: config.tls.crls.clone(),
     };
-    Ok(TlsSource::load(files, Arc::new(SystemClock))?)
+    let clock = Arc::new(EnvironmentClock(environment.clone()));
+    Ok(TlsSource::load(files, clock, environment.clone())?)
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    TcpListener::bind(address).await.map_err(|source| ServeError::Listen { address, source })
+async fn listen(
+    environment: &Environment,
+    address: SocketAddr,
+) -> Result<Box<dyn network::Listener>, ServeError> {
+    environment.network.listen(address).await.map_err(|source| ServeError::Listen { address, source })
 }
 
 async fn said(mut stopped: watch::Receiver<bool>) {
@@ -341,7 +353,7 @@ async fn said(mut stopped: watch::Receiver<bool>) {
 
 /// The plain listener. It has a single service, and small limits: whoever reaches the port can call it.
 async fn serve_health<H: Health>(
-    tcp: TcpListener,
+    listening: Box<dyn network::Listener>,
     health: HealthServer<H>,
     stopped: impl Future<Output = ()>,
 ) {
@@ -354,7 +366,7 @@ async fn serve_health<H: Health>(
         .max_connection_age(Duration::from_mins(5))
         .max_connection_age_grace(Duration::from_secs(5))
         .add_service(health.max_decoding_message_size(4 << 10))
-        .serve_with_incoming_shutdown(counted(tcp), stopped)
+        .serve_with_incoming_shutdown(counted(listening), stopped)
         .await;
     if let Err(error) = served {
         tracing::error!(error = %chain(&error), "the health listener ended");
@@ -364,6 +376,7 @@ async fn serve_health<H: Health>(
 async fn set_serving(reporter: &HealthReporter) {
     reporter.set_serving::<DeviceServiceServer<Devices>>().await;
     reporter.set_serving::<CheckpointServiceServer<Checkpoints>>().await;
+    reporter.set_serving::<MigrationServiceServer<Migrations>>().await;
     reporter.set_serving::<OperationServiceServer<OperationsService>>().await;
 }
 
@@ -387,6 +400,7 @@ async fn clear_status(mut reporter: HealthReporter) {
         "",
         DeviceServiceServer::<Devices>::NAME,
         CheckpointServiceServer::<Checkpoints>::NAME,
+        MigrationServiceServer::<Migrations>::NAME,
         OperationServiceServer::<OperationsService>::NAME,
     ] {
         reporter.clear_service_status(service).await;
@@ -398,6 +412,7 @@ async fn set_not_serving(reporter: &HealthReporter) {
     reporter.set_service_status("", status).await;
     reporter.set_not_serving::<DeviceServiceServer<Devices>>().await;
     reporter.set_not_serving::<CheckpointServiceServer<Checkpoints>>().await;
+    reporter.set_not_serving::<MigrationServiceServer<Migrations>>().await;
     reporter.set_not_serving::<OperationServiceServer<OperationsService>>().await;
 }
 
@@ -416,7 +431,14 @@ async fn undo_all(core: &Core) {
         let mut left = 0;
         for entry in core.operations.active() {
             // Nobody can undo anything on a device that does not answer: the next agent takes it up.
-            if entry.signals.waits_for_device() || entry.view().phase == Phase::Held && is_kept(&entry) {
+            // Nor about what another agent has been told to run.
+            let phase = entry.view().phase;
+            let stays = matches!(phase, Phase::Held | Phase::Prepared) && !entry.fixed.job.gives()
+                || phase == Phase::Held;
+            if entry.signals.waits_for_device()
+                || stays && is_kept(&entry)
+                || phase == Phase::Committing && entry.fixed.job.gives()
+            {
                 continue;
             }
             left += 1;
@@ -428,6 +450,7 @@ async fn undo_all(core: &Core) {
             return;
         }
         tokio::select! {
+            biased;
             changed = running.changed() => if changed.is_err() { return },
             // A hold may have begun, or an operation come to where it can be undone.
             () = core.environment.sleep(Duration::from_millis(50)) => {}

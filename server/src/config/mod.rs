@@ -23,6 +23,7 @@ use figment::Figment;
 use figment::providers::{Env, Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 use vfio_checkpoint_device::kernel::KernelPath;
+use vfio_checkpoint_proto::version::VersionRange;
 
 pub use validate::Mistake;
 
@@ -96,6 +97,10 @@ pub struct ServerConfig {
     /// No stream of state lasts longer. At most 7 days.
     #[serde(with = "duration")]
     pub stream_lifetime: Duration,
+    /// How long a restore waits for the giver of its state to come back whose connection broke. Its devices are loaded and
+    /// do not run meanwhile. At most 1 hour.
+    #[serde(with = "duration")]
+    pub stream_resume_window: Duration,
     /// How long the taker of a save may take to say that its checkpoint is durable, once it has all state. The devices
     /// stand still for it.
     #[serde(with = "duration")]
@@ -106,6 +111,20 @@ pub struct ServerConfig {
     /// Threads that serve calls and move state. Half of the processors, and at least one, where it is not set: the node is
     /// its workloads', and state moves fastest where it stays in one core's cache. 1 to 1024.
     pub worker_threads: Option<usize>,
+    /// In a build for tests: the versions of the stream's protocol that this agent pretends to speak, lowest and highest.
+    #[cfg(feature = "test-versions")]
+    pub stream_versions: Option<[u32; 2]>,
+}
+
+impl ServerConfig {
+    /// The versions of the stream's protocol that this agent speaks.
+    pub fn stream_versions(&self) -> VersionRange {
+        #[cfg(feature = "test-versions")]
+        if let Some(pretended) = self.stream_versions.and_then(|[min, max]| VersionRange::new(min, max)) {
+            return pretended;
+        }
+        VersionRange::OURS
+    }
 }
 
 /// The agent's certificates. PEM files; they are read again when they change.
@@ -216,6 +235,12 @@ pub struct OperationLimits {
     pub max_device_bytes: u64,
     /// Chunks on the wire, in bytes. 65536 to 2097152.
     pub max_chunk_bytes: u32,
+    /// What one migration keeps in memory of what its destination has not acknowledged, in bytes: where the connection
+    /// breaks it is sent again. 12582912 to 1073741824.
+    pub spool_memory_bytes: u64,
+    /// What one migration keeps on disk beyond that, in `node.state_dir`, in bytes, while the connection is down. Once both
+    /// are full its devices are not read until it is back. 0 for nothing.
+    pub spool_disk_bytes: u64,
     /// A device call that takes longer puts its device out of service.
     #[serde(with = "duration")]
     pub device_call_timeout: Duration,
@@ -268,9 +293,12 @@ impl Default for ServerConfig {
             keepalive_timeout: Duration::from_secs(10),
             stream_idle_timeout: Duration::from_mins(1),
             stream_lifetime: Duration::from_hours(6),
+            stream_resume_window: Duration::from_secs(30),
             seal_timeout: Duration::from_mins(5),
             shutdown_grace: Duration::from_secs(30),
             worker_threads: None,
+            #[cfg(feature = "test-versions")]
+            stream_versions: None,
         }
     }
 }
@@ -294,6 +322,8 @@ impl Default for OperationLimits {
             max_operations: 256,
             max_device_bytes: 256 << 30,
             max_chunk_bytes: 1 << 20,
+            spool_memory_bytes: 16 << 20,
+            spool_disk_bytes: 256 << 20,
             device_call_timeout: vfio_checkpoint_device::lane::DEFAULT_CALL_LIMIT,
             max_wait: Duration::from_hours(24),
             keep_finished: Duration::from_hours(24 * 7),

@@ -133,3 +133,30 @@ fn the_sections_that_take_a_restart_are_told() {
     assert_eq!(config.differs_in(&other), ["server", "telemetry"]);
     assert!(load(&format!("[server]\nseal_timeout = \"0s\"\n{MINIMAL}")).is_err());
 }
+
+#[test]
+fn how_long_a_giver_is_waited_for_is_bounded() {
+    assert_eq!(load(MINIMAL).unwrap().server.stream_resume_window, Duration::from_secs(30));
+    for (window, is_valid) in [("0s", false), ("1ms", true), ("1h", true), ("3601s", false)] {
+        let loaded = load(&format!("[server]\nstream_resume_window = \"{window}\"\n{MINIMAL}"));
+        match loaded {
+            Ok(_) => assert!(is_valid, "{window}"),
+            Err(error) => {
+                assert!(!is_valid && error.to_string().contains("server.stream_resume_window"), "{error}");
+            }
+        }
+    }
+}
+
+/// Only a build for tests pretends: elsewhere the key is as unknown as any.
+#[test]
+fn the_versions_of_the_stream_are_those_of_the_build_unless_it_is_one_for_tests() {
+    assert_eq!(load(MINIMAL).unwrap().server.stream_versions(), VersionRange::OURS);
+    let pretending = load(&format!("[server]\nstream_versions = [2, 3]\n{MINIMAL}"));
+    if cfg!(feature = "test-versions") {
+        assert_eq!(pretending.unwrap().server.stream_versions(), VersionRange::new(2, 3).unwrap());
+        assert!(load(&format!("[server]\nstream_versions = [3, 2]\n{MINIMAL}")).is_err());
+    } else {
+        assert!(pretending.unwrap_err().to_string().contains("stream_versions"));
+    }
+}

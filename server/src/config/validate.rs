@@ -83,8 +83,15 @@ fn node_and_server(config: &AgentConfig, found: &mut Mistakes) {
     found.time("server.keepalive_timeout", server.keepalive_timeout, DAY);
     found.time("server.stream_idle_timeout", server.stream_idle_timeout, DAY);
     found.time("server.stream_lifetime", server.stream_lifetime, StreamLimits::MAX_LIFETIME);
+    found.time("server.stream_resume_window", server.stream_resume_window, Duration::from_hours(1));
     found.time("server.seal_timeout", server.seal_timeout, DAY);
     found.time("server.shutdown_grace", server.shutdown_grace, Duration::from_hours(1));
+    #[cfg(feature = "test-versions")]
+    if let Some([min, max]) = server.stream_versions
+        && vfio_checkpoint_proto::version::VersionRange::new(min, max).is_none()
+    {
+        found.add("server.stream_versions", format_args!("{min} to {max} is no range of versions"));
+    }
     if let Some(threads) = server.worker_threads {
         found.range("server.worker_threads", threads, 1, 1024);
     }
@@ -187,6 +194,8 @@ fn operations(config: &AgentConfig, found: &mut Mistakes) {
     found.range("limits.max_operations", limits.max_operations, 1, 4096);
     found.range("limits.max_device_bytes", limits.max_device_bytes, 1, u64::MAX);
     found.range("limits.max_chunk_bytes", limits.max_chunk_bytes, MIN_CHUNK_BYTES, MAX_CHUNK_BYTES);
+    // As much as a destination of this version may leave without an ack.
+    found.range("limits.spool_memory_bytes", limits.spool_memory_bytes, 12 << 20, 1 << 30);
     found.time("limits.device_call_timeout", limits.device_call_timeout, Duration::from_hours(1));
     found.time("limits.keep_finished", limits.keep_finished, 365 * DAY);
     found.range("limits.keep_finished_count", limits.keep_finished_count, 1, 1_000_000);

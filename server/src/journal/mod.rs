@@ -13,28 +13,35 @@
 //!
 //! # Failure paths
 //! A commit that fails (no space, an I/O error) fails the step that it announces, so nothing is done that is not
-//! recorded; the next one opens the file again, so what was in the way may go away. Whoever asks is told while commits
+//! recorded; the next one opens the file again, so what was in the way may go away. What failed may be durable all the
+//! same, and whoever announced it is told that it is not: what it changed is taken back at once, or, where that fails too,
+//! before the next commit. An agent that dies in between finds a step that was never done, and something else was perhaps. Whoever asks is told while commits
 //! fail. The file is locked by redb; a second agent on the same folder refuses to start.
 
 mod file;
+mod records;
 #[cfg(test)]
 mod tests;
+mod write;
 
 use std::fmt;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{Executor, Lane, chain};
-use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, Epoch, LogicalDeviceId, OperationName};
+use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
 
-use self::file::{File, Opens};
-use crate::environment::UnixMillis;
+pub use self::records::{
+    DebtRecord, DeviceRecord, Owed, PastRecord, RequestAnswer, RequestKey, RequestRecord,
+};
+
+use self::file::File;
+pub use self::file::{Disk, Files, Wanted};
 use crate::failpoint::{failing, reached};
 use crate::operation::record::OperationRecord;
 
@@ -59,7 +66,30 @@ struct Shared {
     file: Arc<Mutex<File>>,
     /// Whether the last commit failed.
     failing: watch::Sender<bool>,
+    /// How long commits took.
+    syncs: Arc<Mutex<Syncs>>,
     lane: Box<dyn Lane>,
+    clock: Arc<dyn Executor>,
+}
+
+/// How long commits took until they were durable.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Syncs {
+    /// How many there were.
+    pub count: u64,
+    /// All of them together.
+    pub total: Duration,
+    /// About the last few: a moving average.
+    pub usual: Duration,
+}
+
+impl Syncs {
+    /// Takes in one.
+    fn took(&mut self, took: Duration) {
+        self.usual = if self.count == 0 { took } else { (self.usual * 7 + took) / 8 };
+        self.count += 1;
+        self.total = self.total.saturating_add(took);
+    }
 }
 
 impl fmt::Debug for Shared {
@@ -102,129 +132,6 @@ impl fmt::Display for Announced<'_> {
             | Change::ForgetDebt(_) => None,
         });
         write!(f, "commit of {}", step.unwrap_or("devices"))
-    }
-}
-
-/// A request id, which is its caller's own.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct RequestKey {
-    /// The identity that used it.
-    pub caller: String,
-    /// The id.
-    pub request_id: String,
-}
-
-impl RequestKey {
-    /// As the journal's key. No identity holds a line break, so no two keys are the same.
-    fn text(&self) -> String {
-        format!("{}\n{}", self.caller, self.request_id)
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let (caller, request_id) = text.split_once('\n')?;
-        Some(Self { caller: caller.to_owned(), request_id: request_id.to_owned() })
-    }
-}
-
-/// What a request id stands for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RequestRecord {
-    /// Digest of the request without the id, as 64 hexadecimal digits.
-    pub digest: String,
-    /// When it came.
-    pub at: UnixMillis,
-    /// What it brought.
-    pub answer: RequestAnswer,
-}
-
-/// What a request brought.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
-pub enum RequestAnswer {
-    /// An operation.
-    Operation(OperationName),
-    /// A device was reset.
-    Reset {
-        /// Whether its state is gone. None while the reset was under way: the agent ended before it was known.
-        state_lost: Option<bool>,
-    },
-}
-
-/// What is to be done to a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Owed {
-    /// To mark it INCONSISTENT.
-    Inconsistent,
-    /// To discard it. It goes beyond a mark.
-    Discard,
-}
-
-/// What is still to be done to a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DebtRecord {
-    /// That.
-    pub owed: Owed,
-}
-
-/// What lives in a device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DeviceRecord {
-    /// The logical device.
-    pub logical: LogicalDeviceId,
-    /// Its epoch.
-    pub epoch: Epoch,
-    /// What its state moved at, the last time that was measured.
-    pub rate_bytes_per_second: Option<u64>,
-    /// It waits for somebody to decide.
-    pub quarantined: bool,
-    /// It was left stopped on request.
-    pub left_stopped: bool,
-    /// What lived in it before, as far as it has to be known whether that may run still. The last is the newest.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub past: Vec<PastRecord>,
-}
-
-/// A logical device that a reset discarded, or that was brought back to life after that.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PastRecord {
-    /// Which logical device.
-    pub logical: LogicalDeviceId,
-    /// Under which epoch.
-    pub epoch: Epoch,
-    /// It was discarded while nobody else could have it.
-    pub runs_nowhere: bool,
-}
-
-impl DeviceRecord {
-    /// The most that is kept of the past. What is forgotten counts as running somewhere, which is the safe side.
-    const MAX_PAST: usize = 64;
-
-    /// The record of a device whose state was discarded: `new` lives in it.
-    #[must_use]
-    pub fn after_discard(self, new: LogicalDeviceId) -> Self {
-        // What was left stopped, or stands still because nobody knows what it is, may have been brought to run elsewhere
-        // meanwhile: that it is discarded here says nothing of that.
-        let runs_nowhere = !self.left_stopped && !self.quarantined;
-        let past = PastRecord { logical: self.logical.clone(), epoch: self.epoch, runs_nowhere };
-        Self { logical: new, epoch: Epoch(1), ..self }.with_past(past)
-    }
-
-    /// Notes what became of a logical device.
-    #[must_use]
-    pub fn with_past(mut self, past: PastRecord) -> Self {
-        self.past.retain(|before| before.logical != past.logical);
-        self.past.push(past);
-        if self.past.len() > Self::MAX_PAST {
-            // One that may run somewhere is what keeps an older record, of another device, from being believed.
-            let first = self.past.iter().position(|past| past.runs_nowhere).unwrap_or(0);
-            self.past.remove(first);
-        }
-        self
     }
 }
 
@@ -344,23 +251,26 @@ impl JournalError {
 }
 
 impl Journal {
-    /// Opens the journal in `folder`, and makes both where they are not there. Blocks.
-    pub fn open(folder: &Path, executor: &dyn Executor) -> Result<Self, JournalError> {
-        Self::open_by(folder, executor, Box::new(file::on_disk))
-    }
-
-    fn open_by(folder: &Path, executor: &dyn Executor, opens: Opens) -> Result<Self, JournalError> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
+    /// Opens the journal in `folder` of `disk`, and makes both where they are not there. Blocks.
+    pub fn open(
+        folder: &Path,
+        executor: &Arc<dyn Executor>,
+        disk: Arc<dyn Disk>,
+    ) -> Result<Self, JournalError> {
+        disk.make_folder(folder)
             .map_err(|source| JournalError::Folder { path: folder.to_owned(), source })?;
-        let mut file = File::open(folder.join("journal.redb"), opens)?;
+        let mut file = File::open(folder.join("journal.redb"), disk)?;
         let path = file.path().to_owned();
         file.run(|database| prepare(database, &path))?;
         let lane = executor.lane("journal").map_err(JournalError::Lane)?;
         let (file, failing) = (Arc::new(Mutex::new(file)), watch::Sender::new(false));
-        Ok(Self { shared: Arc::new(Shared { path, file, failing, lane }) })
+        let (syncs, clock) = (Arc::default(), Arc::clone(executor));
+        Ok(Self { shared: Arc::new(Shared { path, file, failing, syncs, lane, clock }) })
+    }
+
+    /// How long commits took so far.
+    pub fn syncs(&self) -> Syncs {
+        *self.shared.syncs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether commits fail, and when that changes. It ends with the journal.
@@ -384,9 +294,13 @@ impl Journal {
         }
         let (answer, answered) = oneshot::channel();
         let (file, tell) = (Arc::clone(&self.shared.file), self.shared.failing.clone());
+        let (syncs, clock) = (Arc::clone(&self.shared.syncs), Arc::clone(&self.shared.clock));
         self.shared.lane.submit(Box::new(move || {
             reached(format_args!("before {}", Announced(&changes)));
-            let written = locked(&file).run(|database| write(database, &changes));
+            let begun = clock.now();
+            let written = locked(&file).commit(&changes);
+            let took = clock.now().saturating_sub(begun);
+            syncs.lock().unwrap_or_else(PoisonError::into_inner).took(took);
             reached(format_args!("after {}", Announced(&changes)));
             tell_of(&tell, &written);
             // Whoever hears of the last commit may close the journal and open it again.
@@ -481,52 +395,4 @@ fn rows<T: DeserializeOwned>(
         }
     }
     Ok(found)
-}
-
-fn write(database: &Database, changes: &[Change]) -> Result<(), JournalError> {
-    let mut transaction = database.begin_write().map_err(JournalError::storage)?;
-    transaction.set_durability(Durability::Immediate).map_err(JournalError::storage)?;
-    {
-        let mut operations = transaction.open_table(OPERATIONS).map_err(JournalError::storage)?;
-        let mut requests = transaction.open_table(REQUESTS).map_err(JournalError::storage)?;
-        let mut devices = transaction.open_table(DEVICES).map_err(JournalError::storage)?;
-        let mut debts = transaction.open_table(DEBTS).map_err(JournalError::storage)?;
-        for change in changes {
-            match change {
-                Change::Operation(record) => {
-                    let name = record.name.to_string();
-                    let text = encode("operations", &name, record)?;
-                    operations.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
-                }
-                Change::ForgetOperation(name) => {
-                    operations.remove(name.to_string().as_str()).map_err(JournalError::storage)?;
-                }
-                Change::Request(key, record) => {
-                    let text = encode("requests", &key.request_id, record)?;
-                    requests.insert(key.text().as_str(), text.as_slice()).map_err(JournalError::storage)?;
-                }
-                Change::ForgetRequest(key) => {
-                    requests.remove(key.text().as_str()).map_err(JournalError::storage)?;
-                }
-                Change::Device(name, record) => {
-                    let name = name.to_string();
-                    let text = encode("devices", &name, record)?;
-                    devices.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
-                }
-                Change::Debt(name, record) => {
-                    let name = name.to_string();
-                    let text = encode("debts", &name, record)?;
-                    debts.insert(name.as_str(), text.as_slice()).map_err(JournalError::storage)?;
-                }
-                Change::ForgetDebt(name) => {
-                    debts.remove(name.to_string().as_str()).map_err(JournalError::storage)?;
-                }
-            }
-        }
-    }
-    transaction.commit().map_err(JournalError::storage)
-}
-
-fn encode(table: &'static str, key: &str, record: &impl Serialize) -> Result<Vec<u8>, JournalError> {
-    serde_json::to_vec(record).map_err(|source| JournalError::Record { table, key: key.to_owned(), source })
 }

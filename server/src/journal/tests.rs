@@ -1,14 +1,23 @@
 //! What was committed is there after a restart, whole, and what is not understood stops the agent.
 
+mod doubts;
+
 use std::time::Duration;
 
 use vfio_checkpoint_device::{Seal, Threads};
 
+use vfio_checkpoint_proto::ids::{Epoch, LogicalDeviceId};
+
 use super::*;
+use crate::environment::UnixMillis;
 use crate::operation::record::{
     AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord, OccupantRecord,
     OperationDeviceRecord, RecordedStep,
 };
+
+fn executor() -> Arc<dyn Executor> {
+    Arc::new(Threads::new())
+}
 
 fn name(last: u64) -> OperationName {
     OperationName::from_id(&format!("{:011x}-{last:016x}", 1)).unwrap()
@@ -39,6 +48,7 @@ fn operation(last: u64, step: RecordedStep) -> OperationRecord {
         owner_pod: "default/pod".to_owned(),
         created: UnixMillis(5),
         checkpoint: None,
+        handover: None,
         trace_id: None,
         step,
     }
@@ -88,7 +98,7 @@ fn record() -> DeviceRecord {
 }
 
 fn open(folder: &Path) -> Result<Journal, JournalError> {
-    Journal::open(folder, &Threads::new())
+    Journal::open(folder, &executor(), Arc::new(Files))
 }
 
 /// As a later life of the agent finds it. What was committed holds the file no longer.
@@ -278,7 +288,7 @@ fn a_key_is_read_as_it_was_written() {
 #[tokio::test]
 async fn what_is_settled_can_be_opened_again() {
     let folder = tempfile::tempdir().unwrap();
-    let journal = Journal::open(folder.path(), &Threads::new()).unwrap();
+    let journal = Journal::open(folder.path(), &executor(), Arc::new(Files)).unwrap();
     let (go_on, told) = std::sync::mpsc::channel::<()>();
     journal.shared.lane.submit(Box::new(move || told.recv().unwrap()));
     let mut commit =
@@ -290,18 +300,38 @@ async fn what_is_settled_can_be_opened_again() {
     go_on.send(()).unwrap();
     settled.await;
     drop(journal);
-    let again = Journal::open(folder.path(), &Threads::new()).expect("nobody has it");
+    let again = Journal::open(folder.path(), &executor(), Arc::new(Files)).expect("nobody has it");
     assert_eq!(again.load().unwrap().operations.len(), 1);
 }
 
 /// A disk that is full while it is told to be.
 #[derive(Debug)]
-struct Disk {
+struct FullDisk(Arc<std::sync::atomic::AtomicBool>);
+
+impl Disk for FullDisk {
+    fn make_folder(&self, folder: &Path) -> io::Result<()> {
+        Files.make_folder(folder)
+    }
+
+    fn is_empty(&self, path: &Path) -> bool {
+        Files.is_empty(path)
+    }
+
+    fn open(&self, path: &Path, wanted: Wanted) -> Result<Database, redb::DatabaseError> {
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).write(true).create(wanted == Wanted::OldOrNew).open(path)?;
+        let file = redb::backends::FileBackend::new(file)?;
+        redb::Builder::new().create_with_backend(FileOfFullDisk { file, full: Arc::clone(&self.0) })
+    }
+}
+
+#[derive(Debug)]
+struct FileOfFullDisk {
     file: redb::backends::FileBackend,
     full: Arc<std::sync::atomic::AtomicBool>,
 }
 
-impl Disk {
+impl FileOfFullDisk {
     fn room(&self) -> io::Result<()> {
         if self.full.load(std::sync::atomic::Ordering::SeqCst) {
             return Err(io::Error::from(io::ErrorKind::StorageFull));
@@ -310,7 +340,7 @@ impl Disk {
     }
 }
 
-impl redb::StorageBackend for Disk {
+impl redb::StorageBackend for FileOfFullDisk {
     fn len(&self) -> io::Result<u64> {
         self.file.len()
     }
@@ -345,13 +375,7 @@ async fn a_disk_that_was_full_once_takes_commits_again() {
     let folder = tempfile::tempdir().unwrap();
     let full = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let disk = Arc::clone(&full);
-    let opens: Opens = Box::new(move |path, wanted| {
-        let mut options = std::fs::OpenOptions::new();
-        let file = options.read(true).write(true).create(wanted == file::Wanted::OldOrNew).open(path)?;
-        let file = redb::backends::FileBackend::new(file)?;
-        redb::Builder::new().create_with_backend(Disk { file, full: Arc::clone(&disk) })
-    });
-    let journal = Journal::open_by(folder.path(), &Threads::new(), opens).unwrap();
+    let journal = Journal::open(folder.path(), &executor(), Arc::new(FullDisk(disk))).unwrap();
     let failing = journal.failing();
     let of = |last| vec![Change::Operation(Box::new(operation(last, RecordedStep::Begun)))];
     journal.commit(of(1)).await.unwrap();
@@ -370,6 +394,17 @@ async fn a_disk_that_was_full_once_takes_commits_again() {
     let names = |found: Recorded| found.operations.into_iter().map(|one| one.name).collect::<Vec<_>>();
     assert_eq!(names(journal.load().unwrap()), [name(1), name(3)], "all of a commit or nothing");
     assert_eq!(names(reopened(journal, folder.path()).load().unwrap()), [name(1), name(3)]);
+}
+
+/// Whatever an earlier start left behind that did not come to its end.
+#[test]
+fn a_file_that_was_begun_and_not_finished_is_begun_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("journal.new"), [0xa5; 5000]).unwrap();
+    drop(open(folder.path()).unwrap());
+    let found: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().map(|one| one.unwrap().file_name()).collect();
+    assert_eq!(found, ["journal.redb"]);
 }
 
 /// A file that is gone is not begun anew behind the agent's back.

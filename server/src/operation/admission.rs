@@ -198,6 +198,7 @@ pub fn after(spec: &SaveRequestSpec) -> AfterSave {
         domain::AfterSave::Resume => AfterSave::Resume,
         domain::AfterSave::Hold { .. } => AfterSave::Hold,
         domain::AfterSave::StayStopped => AfterSave::StayStopped,
+        domain::AfterSave::HandOver => AfterSave::HandOver,
     }
 }
 

@@ -1,15 +1,16 @@
 //! What a device operation asks and is told, on behalf of its entry.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, ready};
 use vfio_checkpoint_device::operation::{BoxError, Caller, OperationStep, Progress};
+use vfio_checkpoint_fsm::handover::{ArrivalStep, OfferStep};
 use vfio_checkpoint_fsm::{RestoreState, SaveState, Validity};
 
 use super::entry::{Entry, Phase};
-use super::record::{OperationDeviceRecord, RecordedStep};
+use super::record::{JobRecord, OperationDeviceRecord, RecordedStep};
 use crate::core::Core;
 use crate::failpoint::reached;
 use crate::journal::{Change, DeviceRecord};
@@ -24,8 +25,8 @@ pub(super) struct EntryCaller {
     pub(super) cutover_limit: Duration,
     /// What becomes known of the stream of a save while nothing is given to it.
     pub(super) stream: Option<SinkWatch>,
-    /// What the journal says of the operation: the phase that its caller sees says less.
-    pub(super) on_record: Mutex<RecordedStep>,
+    /// What a hand-over adds to the time that the devices stand still, beside the moving of state.
+    pub(super) handover_cost: Duration,
 }
 
 /// Why a caller took its operation back.
@@ -39,6 +40,7 @@ impl Caller for EntryCaller {
             match &self.stream {
                 // The taker may say it on its stream as well.
                 Some(stream) => tokio::select! {
+                    biased;
                     () = self.entry.signals.cutover() => {}
                     () = stream.cutover() => {}
                 },
@@ -49,7 +51,23 @@ impl Caller for EntryCaller {
     }
 
     fn resume(&self) -> BoxFuture<'_, ()> {
-        self.entry.signals.resume().boxed()
+        match self.entry.fixed.job {
+            // The source says it.
+            JobRecord::Arrive { .. } => self.entry.signals.commit().boxed(),
+            JobRecord::Save { .. } | JobRecord::Restore { .. } | JobRecord::Migrate { .. } => {
+                self.entry.signals.resume().boxed()
+            }
+        }
+    }
+
+    fn commit(&self) -> BoxFuture<'_, ()> {
+        match self.entry.fixed.job {
+            JobRecord::Migrate { manual_commit: false, .. } => ready(()).boxed(),
+            JobRecord::Migrate { manual_commit: true, .. }
+            | JobRecord::Save { .. }
+            | JobRecord::Restore { .. }
+            | JobRecord::Arrive { .. } => self.entry.signals.commit().boxed(),
+        }
     }
 
     fn cancelled(&self) -> BoxFuture<'_, BoxError> {
@@ -57,6 +75,7 @@ impl Caller for EntryCaller {
             let said = async { BoxError::from(TakenBack(self.entry.signals.cancelled().await.to_string())) };
             match &self.stream {
                 Some(stream) => tokio::select! {
+                    biased;
                     said = said => said,
                     broken = stream.broken() => broken.into(),
                 },
@@ -87,9 +106,14 @@ impl Caller for EntryCaller {
             }
             OperationStep::Restore(_) => false,
         };
+        let predicted = progress.predicted_downtime.map(|stop| stop.saturating_add(self.handover_cost));
+        let resent = self.stream.as_ref().map_or(0, SinkWatch::resent_bytes);
         self.entry.change(|view| {
+            if let Some(handover) = view.handover.as_mut().filter(|_| resent > 0) {
+                handover.record.resent_bytes = resent;
+            }
             view.rate_bytes_per_second = rate;
-            view.predicted_downtime = progress.predicted_downtime.or(view.predicted_downtime);
+            view.predicted_downtime = predicted.or(view.predicted_downtime);
             for (live, device) in view.devices.iter_mut().zip(progress.devices) {
                 live.moved_bytes = device.bytes;
                 if running {
@@ -105,11 +129,29 @@ impl Caller for EntryCaller {
 
 impl EntryCaller {
     async fn moved_save(&self, state: SaveState) -> Result<(), BoxError> {
-        let held = matches!(self.on_record(), RecordedStep::Held { .. });
+        let on_record = self.entry.on_record();
+        let held = matches!(on_record, RecordedStep::Held { .. });
+        if let JobRecord::Migrate { .. } = self.entry.fixed.job
+            && let Some(step) = on_record.offer().on_move(state)
+        {
+            match step {
+                // That it was to be committed may be on record, and then only this takes it back: without it a later life of
+                // the agent would have the destination run what runs here.
+                OfferStep::Begun => self.record_surely(RecordedStep::Begun).await,
+                OfferStep::Committing => self.record(RecordedStep::Committing).await?,
+                OfferStep::LettingGo => self.record(RecordedStep::LettingGo).await?,
+            }
+        }
         match state {
             SaveState::Stopping => {
                 let environment = &self.core.environment;
-                self.entry.note_stopped(environment.unix_now(), Some(environment.executor.now()));
+                let now = environment.unix_now();
+                self.entry.note_stopped(now, Some(environment.executor.now()));
+                self.entry.hand_over(|handover| handover.record.stopped = Some(now));
+            }
+            SaveState::Offered => {
+                let now = self.core.environment.unix_now();
+                self.entry.hand_over(|handover| handover.record.prepared = Some(now));
             }
             SaveState::Held => self.hold().await?,
             SaveState::CompletedStopped => self.record(RecordedStep::Stopped).await?,
@@ -132,7 +174,10 @@ impl EntryCaller {
             | SaveState::Marking
             | SaveState::Resuming { .. }
             | SaveState::Unwinding { .. }
+            | SaveState::Committing
+            | SaveState::LettingGo
             | SaveState::Completed
+            | SaveState::HandedOver
             | SaveState::Inconsistent
             | SaveState::Aborted { .. }
             | SaveState::Lost { .. } => {}
@@ -144,6 +189,11 @@ impl EntryCaller {
                 Phase::PreCopy if self.entry.is_manual() => {
                     Some(self.core.environment.unix_now().after(self.cutover_limit))
                 }
+                Phase::Prepared
+                    if matches!(self.entry.fixed.job, JobRecord::Migrate { manual_commit: true, .. }) =>
+                {
+                    Some(self.core.environment.unix_now().after(self.hold_limit))
+                }
                 Phase::WaitingForStream
                 | Phase::Preparing
                 | Phase::PreCopy
@@ -154,24 +204,37 @@ impl EntryCaller {
                 | Phase::Loading
                 | Phase::Verifying
                 | Phase::Resuming
+                | Phase::Prepared
+                | Phase::Committing
+                | Phase::LettingGo
                 | Phase::Unwinding
                 | Phase::Done => None,
             };
             self.entry.change(|view| {
                 view.phase = phase;
                 view.deadline = deadline;
-                view.cancellable =
-                    !state.is_past_no_return() && !matches!(phase, Phase::Marking | Phase::Unwinding);
+                view.cancellable = !state.is_past_no_return()
+                    && !matches!(phase, Phase::Marking | Phase::Committing | Phase::Unwinding);
             });
         }
         Ok(())
     }
 
     async fn moved_restore(&self, state: RestoreState) -> Result<(), BoxError> {
-        let on_record = self.on_record();
+        let on_record = self.entry.on_record();
+        let arrives = matches!(self.entry.fixed.job, JobRecord::Arrive { .. });
+        if arrives {
+            self.moved_arrival(state, &on_record).await?;
+        }
         match state {
             // From here on what was in the devices may be gone. Before, a restart leaves them alone.
             RestoreState::Entering => self.record(RecordedStep::Begun).await?,
+            RestoreState::Held { .. }
+            | RestoreState::Quiescing
+            | RestoreState::Resuming
+            | RestoreState::Resetting
+            | RestoreState::Quarantined
+                if arrives => {}
             RestoreState::Held { ready: false } => self.hold().await?,
             // Running needs the epoch of the state that runs, on record before the SET.
             RestoreState::Quiescing | RestoreState::Resuming
@@ -181,11 +244,11 @@ impl EntryCaller {
             }
             // A reset leads to RUNNING too: nothing but the journal tells it from a restored state that runs.
             RestoreState::Resetting if on_record != RecordedStep::Begun => {
-                self.record(RecordedStep::Begun).await?;
+                self.record_surely(RecordedStep::Begun).await;
             }
             // As with a reset, and what runs of the set is to be left alone.
             RestoreState::Quarantined if on_record != RecordedStep::Begun => {
-                self.record_quarantined().await?;
+                self.record_quarantined(RecordedStep::Begun).await?;
             }
             RestoreState::Admitted
             | RestoreState::Loading
@@ -202,20 +265,65 @@ impl EntryCaller {
             | RestoreState::Aborted { .. }
             | RestoreState::Quarantined => {}
         }
-        if let Some(phase) = restore_phase(state) {
+        if let Some(phase) = restore_phase(state, arrives) {
             self.entry.change(|view| {
                 view.phase = phase;
-                view.deadline = view.deadline.filter(|_| phase == Phase::Held);
-                view.cancellable = matches!(phase, Phase::Loading | Phase::Verifying | Phase::Held);
+                view.deadline = view.deadline.filter(|_| matches!(phase, Phase::Held | Phase::Prepared));
+                view.cancellable =
+                    matches!(phase, Phase::Loading | Phase::Verifying | Phase::Held | Phase::Prepared);
             });
         }
         Ok(())
     }
 
+    /// What is particular to an arrival: the source relies on what is on record of it.
+    async fn moved_arrival(&self, state: RestoreState, on_record: &RecordedStep) -> Result<(), BoxError> {
+        let Some(step) = on_record.arrival(None).on_move(state) else {
+            return match state {
+                RestoreState::Quarantined => self.record_quarantined(on_record.clone()).await,
+                // Taken up: the deadline is told already.
+                RestoreState::Held { .. } => self.hold().await,
+                RestoreState::Admitted
+                | RestoreState::Entering
+                | RestoreState::Loading
+                | RestoreState::Verifying
+                | RestoreState::FixingUp
+                | RestoreState::AwaitingReady
+                | RestoreState::Quiescing
+                | RestoreState::Resuming
+                | RestoreState::PartlyRunning
+                | RestoreState::Unwinding
+                | RestoreState::Resetting
+                | RestoreState::Completed
+                | RestoreState::Aborted { .. } => Ok(()),
+            };
+        };
+        match step {
+            ArrivalStep::Loading => {
+                self.record_surely(RecordedStep::Begun).await;
+                Ok(())
+            }
+            ArrivalStep::Prepared => {
+                let now = self.core.environment.unix_now();
+                self.entry.hand_over(|handover| handover.record.prepared = Some(now));
+                self.hold().await
+            }
+            // Running needs the epoch of the state that runs, on record before the SET.
+            ArrivalStep::Committing => self.record_running().await,
+            // A reset leads to RUNNING too: nothing but the journal tells it from a restored state that runs.
+            ArrivalStep::Reverting => {
+                self.record_surely(RecordedStep::Reverting).await;
+                Ok(())
+            }
+            // No move leads to an end.
+            ArrivalStep::Over(_) => Ok(()),
+        }
+    }
+
     /// The hold is on record, with its deadline, before anybody is told of it.
     async fn hold(&self) -> Result<(), BoxError> {
         let view = self.entry.view();
-        if view.phase == Phase::Held && view.deadline.is_some() {
+        if matches!(view.phase, Phase::Held | Phase::Prepared) && view.deadline.is_some() {
             // Taken up: the deadline is told already.
             return Ok(());
         }
@@ -230,12 +338,16 @@ impl EntryCaller {
         Ok(())
     }
 
-    fn on_record(&self) -> RecordedStep {
-        self.on_record.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
     async fn record(&self, step: RecordedStep) -> Result<(), BoxError> {
         self.commit(step, Vec::new()).await
+    }
+
+    /// For what is done next only where it is on record, and is done whatever happens.
+    async fn record_surely(&self, step: RecordedStep) {
+        let _one_at_a_time = self.entry.recording.lock().await;
+        let record = self.entry.record(step.clone());
+        self.core.commit_surely(vec![Change::Operation(Box::new(record))]).await;
+        self.entry.set_on_record(step);
     }
 
     async fn record_running(&self) -> Result<(), BoxError> {
@@ -246,9 +358,9 @@ impl EntryCaller {
         self.commit(RecordedStep::Running { inconsistent: false }, changes).await
     }
 
-    async fn record_quarantined(&self) -> Result<(), BoxError> {
+    async fn record_quarantined(&self, step: RecordedStep) -> Result<(), BoxError> {
         let changes = self.devices(|_, before| DeviceRecord { quarantined: true, ..before });
-        self.commit(RecordedStep::Begun, changes).await
+        self.commit(step, changes).await
     }
 
     /// What becomes of the records of the operation's devices.
@@ -263,13 +375,16 @@ impl EntryCaller {
     }
 
     async fn commit(&self, step: RecordedStep, mut changes: Vec<Change>) -> Result<(), BoxError> {
+        let _one_at_a_time = self.entry.recording.lock().await;
         changes.insert(0, Change::Operation(Box::new(self.entry.record(step.clone()))));
         let debts = self.core.stores.debts();
         let debt = debts.unrecorded(self.entry.fixed.checkpoint.as_ref());
         changes.extend(debt.clone());
-        self.core.journal.commit(changes).await?;
+        let committed = self.core.journal.commit(changes).await;
+        // Also where it failed: what was to be written may be there all the same, and a later life of the agent goes by it.
+        self.entry.set_on_record(step);
+        committed?;
         debts.recorded(debt.as_slice());
-        *self.on_record.lock().unwrap_or_else(PoisonError::into_inner) = step;
         Ok(())
     }
 }
@@ -286,8 +401,12 @@ fn save_phase(state: SaveState) -> Option<Phase> {
         SaveState::Held => Phase::Held,
         SaveState::Marking => Phase::Marking,
         SaveState::Resuming { .. } => Phase::Resuming,
+        SaveState::Offered => Phase::Prepared,
+        SaveState::Committing => Phase::Committing,
+        SaveState::LettingGo => Phase::LettingGo,
         SaveState::Unwinding { .. } => Phase::Unwinding,
         SaveState::Completed
+        | SaveState::HandedOver
         | SaveState::CompletedStopped
         | SaveState::Inconsistent
         | SaveState::Aborted { .. }
@@ -296,12 +415,21 @@ fn save_phase(state: SaveState) -> Option<Phase> {
 }
 
 /// Where a restore is, for its caller; none at its end, which is told once it is on record.
-fn restore_phase(state: RestoreState) -> Option<Phase> {
+fn restore_phase(state: RestoreState, arrives: bool) -> Option<Phase> {
     Some(match state {
         RestoreState::Admitted => Phase::WaitingForStream,
         RestoreState::Entering | RestoreState::Loading => Phase::Loading,
         RestoreState::Verifying | RestoreState::FixingUp => Phase::Verifying,
+        RestoreState::Held { .. } if arrives => Phase::Prepared,
         RestoreState::Held { .. } => Phase::Held,
+        RestoreState::AwaitingReady
+        | RestoreState::Quiescing
+        | RestoreState::Resuming
+        | RestoreState::PartlyRunning
+            if arrives =>
+        {
+            Phase::Committing
+        }
         RestoreState::AwaitingReady
         | RestoreState::Quiescing
         | RestoreState::Resuming

@@ -1,23 +1,29 @@
 //! How an operation ended, in the terms of its record.
 
+mod not_kept;
+
 use std::time::Duration;
 
 use vfio_checkpoint_device::operation::{Cause, OperationError, RestoreReport, SaveReport};
 use vfio_checkpoint_device::{Backend, Identity, chain};
+use vfio_checkpoint_fsm::handover::ArrivalEnd;
 use vfio_checkpoint_fsm::{Outcome, SaveState, Validity};
 use vfio_checkpoint_proto::domain;
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
 use vfio_checkpoint_proto::v1::FailureReason;
 use vfio_checkpoint_store::StoreError;
 
+pub(super) use not_kept::{Why, not_kept};
+
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;
 use super::record::{
     AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, FailureRecord, JobRecord,
-    OperationDeviceRecord, RecordedStep,
+    OperationDeviceRecord, RecordedStep, VerdictRecord,
 };
 use crate::core::Core;
-use crate::journal::{Change, DeviceRecord, Owed};
+use crate::journal::{Change, DeviceRecord, Owed, PastRecord};
+use crate::migration::NotTaken;
 use crate::registry::opening::new_logical;
 use crate::registry::{Lease, Standing};
 
@@ -38,6 +44,8 @@ pub(super) struct End {
     lost: Option<Vec<DeviceName>>,
     /// The devices that were reset, and so run, where the others stay stopped.
     reset: Vec<DeviceName>,
+    /// Whether its devices were there to the end.
+    kept: bool,
 }
 
 impl End {
@@ -54,6 +62,49 @@ impl End {
             rate_bytes_per_second: None,
             lost: None,
             reset: Vec::new(),
+            kept: true,
+        }
+    }
+
+    /// How the devices of an arrival ended.
+    fn of_arrival(&self) -> ArrivalEnd {
+        if self.result == EndResult::Succeeded {
+            ArrivalEnd::AllRunning
+        } else if !self.quarantined.is_empty() {
+            ArrivalEnd::Quarantined
+        } else if self.kept {
+            ArrivalEnd::AllReset
+        } else {
+            ArrivalEnd::NotKept
+        }
+    }
+
+    /// What the end means for the other side.
+    fn settle_handover(&mut self, entry: &Entry, lease: &Lease) {
+        if let JobRecord::Arrive { .. } = entry.fixed.job {
+            let verdict = entry.on_record().arrival(None).verdict(self.of_arrival());
+            entry.hand_over(|handover| {
+                handover.record.verdict = Some(verdict.into());
+                handover.awaits_ready = false;
+            });
+        }
+        entry.hand_over(|handover| handover.in_doubt = false);
+        if self.outcome == EndOutcome::Moved {
+            // What could not be reset must not run again before somebody has looked at it.
+            let stuck = lease.slots().iter().filter(|slot| slot.view().standing == Standing::Quarantined);
+            self.quarantined = stuck.map(|slot| slot.name().clone()).collect();
+        }
+    }
+
+    /// What runs again under this epoch is newer than what the destination may have run.
+    fn epoch_after(entry: &Entry, index: usize, before: Epoch) -> Epoch {
+        let Some(handover) = entry.view().handover else { return before };
+        let may_have_run = handover.record.resolution.is_some_and(|decided| decided.resume_here);
+        match handover.record.epochs.get(index) {
+            Some(there) if may_have_run && matches!(entry.fixed.job, JobRecord::Migrate { .. }) => {
+                Epoch(before.0.max(there.0.saturating_add(1)))
+            }
+            Some(_) | None => before,
         }
     }
 
@@ -70,6 +121,7 @@ impl End {
 
     /// The record, and all that goes to the journal with it.
     pub(super) fn settle(mut self, core: &Core, entry: &Entry, lease: &Lease) -> (EndRecord, Vec<Change>) {
+        self.settle_handover(entry, lease);
         let view = entry.view();
         let checkpoint = entry.fixed.checkpoint.as_ref();
         let owed = checkpoint.and_then(|name| core.stores.debts().of(name));
@@ -117,18 +169,20 @@ impl End {
         let mut changes =
             vec![Change::Operation(Box::new(entry.record(RecordedStep::Ended(record.clone()))))];
         changes.extend(core.stores.debts().unrecorded(checkpoint));
-        for (slot, device) in lease.slots().iter().zip(&entry.fixed.devices) {
+        for (index, (slot, device)) in lease.slots().iter().zip(&entry.fixed.devices).enumerate() {
             let Some(before) = slot.view().record else { continue };
             let (logical, epoch) = match self.outcome {
-                EndOutcome::Preserved => (before.logical.clone(), before.epoch),
+                EndOutcome::Preserved => {
+                    (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
+                }
                 EndOutcome::Replaced => (device.logical.clone(), device.epoch),
                 EndOutcome::StateLost
                     if self.lost.as_ref().is_some_and(|lost| !lost.contains(slot.name())) =>
                 {
                     (before.logical.clone(), before.epoch)
                 }
-                // Nothing of what was here lives on: whatever runs now is somebody new.
-                EndOutcome::StateLost => (new_logical(&core.environment), Epoch(1)),
+                // Nothing of what was here lives on, or lives on elsewhere: whatever runs now is somebody new.
+                EndOutcome::StateLost | EndOutcome::Moved => (new_logical(&core.environment), Epoch(1)),
             };
             let record = DeviceRecord {
                 logical,
@@ -141,6 +195,10 @@ impl End {
             };
             let record = match self.outcome {
                 EndOutcome::Replaced => core.back_to_life(record),
+                EndOutcome::Moved => {
+                    let (logical, epoch) = (device.logical.clone(), device.epoch);
+                    record.with_past(PastRecord { logical, epoch, runs_nowhere: false })
+                }
                 EndOutcome::Preserved | EndOutcome::StateLost => record,
             };
             if record != before {
@@ -206,6 +264,7 @@ pub(super) fn never_begun(why: &Cancel) -> End {
     let (result, reason) = match why {
         Cancel::Requested { .. } => (EndResult::Cancelled, FailureReason::Cancelled),
         Cancel::NoStream { .. } => (EndResult::Failed, FailureReason::NoStream),
+        Cancel::Abandoned { .. } => (EndResult::Failed, FailureReason::HandoverAbandoned),
         Cancel::ShuttingDown => (EndResult::Failed, FailureReason::ShuttingDown),
     };
     let message = format!("nothing was touched: {why}");
@@ -232,6 +291,39 @@ pub(super) fn not_stored(error: &StoreError) -> Box<End> {
 pub(super) fn undescribed(problem: &str) -> Box<End> {
     let message = format!("nothing was touched: the store cannot be told what is saved: {problem}");
     Box::new(End::new(EndResult::Failed, EndOutcome::Preserved).because(FailureReason::Failed, message, None))
+}
+
+/// The destination of a migration did not take it.
+pub(super) fn not_taken(error: &NotTaken) -> Box<End> {
+    let message = format!("nothing was touched: {error}");
+    let end = End::new(EndResult::Failed, EndOutcome::Preserved);
+    Box::new(end.because(FailureReason::DestinationRefused, message, None))
+}
+
+/// How a migration ended.
+pub(super) fn of_migration(entry: &Entry, lease: &Lease, moved: Result<SaveReport, OperationError>) -> End {
+    match moved {
+        Ok(report) => with_report(handed_over(entry), &report),
+        Err(error) => failed(entry, lease, &error),
+    }
+}
+
+/// A migration whose devices were let go of.
+pub(super) fn handed_over(entry: &Entry) -> End {
+    let handover = entry.view().handover.map(|handover| handover.record);
+    let committed = handover.as_ref().is_some_and(|known| known.verdict == Some(VerdictRecord::Committed));
+    let decided = handover.and_then(|known| known.resolution);
+    match decided {
+        Some(decided) if !committed => End::new(EndResult::Failed, EndOutcome::StateLost).because(
+            FailureReason::Resolved,
+            format!(
+                "the devices were let go of although the destination has not said that it runs them: an admin has \
+                 decided: {decided}"
+            ),
+            None,
+        ),
+        Some(_) | None => End::new(EndResult::Succeeded, EndOutcome::Moved),
+    }
 }
 
 /// A save was given what only a restore has, or the other way round.
@@ -274,7 +366,9 @@ pub(super) fn sealed_save(entry: &Entry) -> End {
     end.left_stopped = match entry.fixed.job {
         JobRecord::Save { after: AfterRecord::StayStopped, .. } => true,
         JobRecord::Save { after: AfterRecord::Resume | AfterRecord::Hold, .. }
-        | JobRecord::Restore { .. } => false,
+        | JobRecord::Restore { .. }
+        | JobRecord::Migrate { .. }
+        | JobRecord::Arrive { .. } => false,
     };
     end
 }
@@ -356,6 +450,7 @@ fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option
         Cause::Device { device, .. } => (FailureReason::DeviceFailed, name_of(lease, device)),
         Cause::Cancelled(error) => match (crate::transfer::reason(&**error), entry.signals.cancel_reason()) {
             (Some(reason), _) => (reason, None),
+            (None, Some(Cancel::Abandoned { .. })) => (FailureReason::HandoverAbandoned, None),
             (None, Some(Cancel::ShuttingDown)) => (FailureReason::ShuttingDown, None),
             (None, Some(Cancel::Requested { .. } | Cancel::NoStream { .. }) | None) => {
                 (FailureReason::Cancelled, None)
@@ -364,7 +459,18 @@ fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option
         Cause::Unrecorded(_) => (FailureReason::JournalFailed, None),
         Cause::NoCutover { .. } => (FailureReason::CutoverTimeout, None),
         Cause::Downtime { .. } => (FailureReason::NoConvergence, None),
+        Cause::HoldExpired { .. } if matches!(entry.fixed.job, JobRecord::Arrive { .. }) => {
+            (FailureReason::CommitTimeout, None)
+        }
         Cause::HoldExpired { .. } => (FailureReason::HoldExpired, None),
+        Cause::StopLimit { .. } => (FailureReason::DowntimeLimit, None),
+        Cause::NoCommit { .. } => (FailureReason::CommitTimeout, None),
+        Cause::NotTaken(_) => {
+            let decided = entry.view().handover.and_then(|handover| handover.record.resolution);
+            let reason =
+                if decided.is_some() { FailureReason::Resolved } else { FailureReason::HandoverRefused };
+            (reason, None)
+        }
         Cause::NotReady { .. } => (FailureReason::OwnerNotReady, None),
         Cause::Interrupted => (FailureReason::AgentRestarted, None),
         Cause::Other(error) => (crate::transfer::reason(&**error).unwrap_or(FailureReason::Failed), None),
@@ -377,75 +483,6 @@ fn name_of(lease: &Lease, device: &Identity) -> Option<DeviceName> {
         .filter(|slot| slot.lane().is_some_and(|lane| lane.identity() == device))
         .map(|slot| slot.name().clone())
         .next()
-}
-
-/// Why what an operation had in a device counts as lost after a restart of the agent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Why {
-    /// It was in the agent itself.
-    Simulated,
-    /// Closed with the agent.
-    NoHolder,
-    /// It did not outlive the agent either, or was reset meanwhile.
-    NotKept,
-    /// It cannot be opened now.
-    NotOpen,
-}
-
-impl Why {
-    fn told_of(self, device: &DeviceName) -> String {
-        match self {
-            Self::Simulated => format!("{device} is simulated, and ended with the agent"),
-            Self::NoHolder => format!("nobody kept {device} open: run a holder"),
-            Self::NotKept => {
-                format!("the holder or the process behind {device} ended too, or it was reset since")
-            }
-            Self::NotOpen => {
-                format!("{device} is not open, so it is not known what it carries: look at its standing")
-            }
-        }
-    }
-}
-
-/// The agent was restarted, and devices of the operation could not be kept open meanwhile: they were reset, or are not
-/// there.
-pub(super) fn not_kept(
-    entry: &Entry,
-    lost: Vec<(DeviceName, Why)>,
-    reset: Vec<DeviceName>,
-    quarantined: Vec<DeviceName>,
-    step: &RecordedStep,
-) -> End {
-    let mut told: Vec<String> = lost.iter().map(|(device, why)| why.told_of(device)).collect();
-    if told.is_empty() {
-        told.push("a device of its set is not configured any more".to_owned());
-    }
-    let told = told.join("; ");
-    let lost: Vec<DeviceName> = lost.into_iter().map(|(device, _)| device).collect();
-    let mut end = End::new(EndResult::Failed, EndOutcome::StateLost).because(
-        FailureReason::AgentRestarted,
-        format!(
-            "the agent ended while the operation was under way, and what it had in its devices counts as lost: {told}"
-        ),
-        lost.first().cloned(),
-    );
-    end.left_stopped = *step == RecordedStep::Stopped;
-    end.lost = Some(lost);
-    end.reset = reset;
-    end.quarantined = quarantined;
-    // Sealed before the agent ended: what was saved is whole, and may be the only copy.
-    end.consistency = match (entry.fixed.job, step) {
-        (
-            JobRecord::Save { .. },
-            RecordedStep::Held { .. } | RecordedStep::Stopped | RecordedStep::Running { inconsistent: false },
-        ) => Some(Consistency::Consistent),
-        (JobRecord::Save { .. }, RecordedStep::Running { inconsistent: true }) => {
-            Some(Consistency::Inconsistent)
-        }
-        (JobRecord::Save { .. }, RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Ended(_))
-        | (JobRecord::Restore { .. }, _) => None,
-    };
-    end
 }
 
 /// The device layer took a save up and ended it in a way that no success has: a defect.

@@ -1,8 +1,10 @@
 //! One operation as the agent knows it: what never changes, what does, and what its caller can say.
 
 mod said;
+mod seat;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -12,10 +14,15 @@ use vfio_checkpoint_device::{DataSize, Seal};
 use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
 
 pub use said::{Cancel, Refused};
+pub use seat::{Opener, Reserved};
+pub(super) use view::total;
+pub use view::{Handover, Live, Phase, View};
 
-use super::meter::{Meter, time_for};
+use seat::StreamSeat;
+
+use super::meter::Meter;
 use super::record::{
-    AfterRecord, EndRecord, JobRecord, OperationDeviceRecord, OperationRecord, RecordedStep,
+    EndRecord, HandoverRecord, JobRecord, OperationDeviceRecord, OperationRecord, PeerRecord, RecordedStep,
 };
 use super::signals::Signals;
 use crate::environment::UnixMillis;
@@ -32,6 +39,10 @@ pub struct Entry {
     meter: Mutex<Meter>,
     stopped: Mutex<Option<Stopped>>,
     seat: Mutex<StreamSeat>,
+    /// What the journal says of it: the phase that its caller sees says less.
+    on_record: Mutex<RecordedStep>,
+    /// Held while something of it is put on record, so that what is written last is what is true last.
+    pub(crate) recording: tokio::sync::Mutex<()>,
 }
 
 /// Since when the devices stand still.
@@ -63,94 +74,27 @@ pub struct Fixed {
     pub trace_id: Option<String>,
     /// The checkpoint in a store that it makes or takes. None where its state goes over a stream.
     pub checkpoint: Option<CheckpointName>,
-}
-
-/// What changes of an operation.
-#[derive(Debug, Clone)]
-pub struct View {
-    /// Where it is.
-    pub phase: Phase,
-    /// Its devices, in the order of the set.
-    pub devices: Vec<Live>,
-    /// Bytes a second over the last seconds.
-    pub rate_bytes_per_second: u64,
-    /// How long the devices are expected to stand still.
-    pub predicted_downtime: Option<Duration>,
-    /// When what is waited for ends by itself.
-    pub deadline: Option<UnixMillis>,
-    /// Whether it can still be undone.
-    pub cancellable: bool,
-    /// How it ended.
-    pub end: Option<EndRecord>,
-    /// Rises with each change.
-    pub revision: u64,
-}
-
-/// How far one device is.
-#[derive(Debug, Clone, Copy)]
-pub struct Live {
-    /// Bytes moved.
-    pub moved_bytes: u64,
-    /// Of these, while it ran.
-    pub pre_copy_bytes: u64,
-    /// Bytes in all.
-    pub total: DataSize,
-    /// The seal on its state.
-    pub seal: Option<Seal>,
-}
-
-/// Where an operation is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Phase {
-    /// Admitted; nothing has been touched.
-    WaitingForStream,
-    /// Admitted; the store is made ready, and nothing has been touched.
-    Preparing,
-    /// Devices run, and their state is read.
-    PreCopy,
-    /// Devices run; the caller has to say Cutover.
-    WaitingForCutover,
-    /// Devices are quiesced and stopped.
-    Stopping,
-    /// Devices stand still and the rest of their state is read.
-    StopCopy,
-    /// The taker makes it durable.
-    Sealing,
-    /// Stopped or loaded, until Resume.
-    Held,
-    /// The hold ran out.
-    Marking,
-    /// State is written to devices.
-    Loading,
-    /// Lengths and digests are compared, and what the state does not hold is set.
-    Verifying,
-    /// Devices are on their way to RUNNING.
-    Resuming,
-    /// Devices are brought back.
-    Unwinding,
-    /// Over.
-    Done,
-}
-
-#[derive(Debug)]
-enum StreamSeat {
-    Waiting(oneshot::Sender<Attached>),
-    Taken,
-    /// Its state is kept in a store.
-    None,
+    /// Who is at the other side, where its devices move from node to node.
+    pub peer: Option<PeerRecord>,
 }
 
 impl Entry {
     /// An admitted operation, and where its stream arrives.
-    pub fn new(fixed: Fixed, deadline: UnixMillis) -> (Self, oneshot::Receiver<Attached>) {
+    pub fn new(
+        fixed: Fixed,
+        handover: Option<HandoverRecord>,
+        deadline: UnixMillis,
+    ) -> (Self, oneshot::Receiver<Attached>) {
         let (seat, arrival) = oneshot::channel();
-        let entry = if fixed.checkpoint.is_some() {
+        let calls = matches!(fixed.job, JobRecord::Migrate { .. });
+        let entry = if fixed.checkpoint.is_some() || calls {
             let view = View::new(&fixed, Phase::Preparing, None);
             Self::with(fixed, view, StreamSeat::None)
         } else {
             let view = View::new(&fixed, Phase::WaitingForStream, Some(deadline));
             Self::with(fixed, view, StreamSeat::Waiting(seat))
         };
+        entry.view.send_modify(|view| view.handover = handover.map(Handover::new));
         (entry, arrival)
     }
 
@@ -166,25 +110,44 @@ impl Entry {
             created,
             trace_id,
             checkpoint,
+            handover,
             step,
         } = record;
+        let handover = handover.map(|handover| *handover);
+        let peer = handover.as_ref().map(|handover| handover.peer.clone());
         let fixed =
-            Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id, checkpoint };
+            Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id, checkpoint, peer };
         let stopped_at = match &step {
             RecordedStep::Held { stopped_at, .. } => *stopped_at,
+            RecordedStep::Committing => handover.as_ref().and_then(|handover| handover.stopped),
             RecordedStep::Admitted
             | RecordedStep::Begun
             | RecordedStep::Running { .. }
             | RecordedStep::Stopped
+            | RecordedStep::LettingGo
+            | RecordedStep::Reverting
             | RecordedStep::Ended(_) => None,
         };
+        let arrives = matches!(job, JobRecord::Arrive { .. });
         let (phase, deadline) = match &step {
-            RecordedStep::Admitted | RecordedStep::Begun => (Phase::Unwinding, None),
+            RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Reverting => {
+                (Phase::Unwinding, None)
+            }
+            RecordedStep::Held { deadline, .. } if arrives => (Phase::Prepared, Some(*deadline)),
             RecordedStep::Held { deadline, .. } => (Phase::Held, Some(*deadline)),
+            RecordedStep::Running { .. } if arrives => (Phase::Committing, None),
             RecordedStep::Running { .. } | RecordedStep::Stopped => (Phase::Resuming, None),
+            RecordedStep::Committing => (Phase::Committing, None),
+            RecordedStep::LettingGo => (Phase::LettingGo, None),
             RecordedStep::Ended(_) => (Phase::Done, None),
         };
         let mut view = View::new(&fixed, phase, deadline);
+        view.handover = handover.map(Handover::new);
+        if let (RecordedStep::Committing, Some(handover)) = (&step, &mut view.handover) {
+            handover.in_doubt = true;
+            "the agent was restarted, and asks the destination".clone_into(&mut handover.doubt);
+        }
+        let on_record = step.clone();
         for (live, device) in view.devices.iter_mut().zip(&fixed.devices) {
             live.seal = device.seal;
             if let Some(seal) = device.seal {
@@ -207,8 +170,9 @@ impl Entry {
             view.predicted_downtime = end.predicted_downtime;
             view.end = Some(end);
         }
-        view.cancellable = matches!(phase, Phase::Held);
+        view.cancellable = matches!(phase, Phase::Held | Phase::Prepared);
         let entry = Self::with(fixed, view, StreamSeat::Taken);
+        entry.set_on_record(on_record);
         if let Some(at) = stopped_at {
             entry.note_stopped(at, None);
         }
@@ -223,7 +187,39 @@ impl Entry {
             meter: Mutex::default(),
             stopped: Mutex::default(),
             seat: Mutex::new(seat),
+            on_record: Mutex::new(RecordedStep::Admitted),
+            recording: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// What the journal says of it.
+    pub fn on_record(&self) -> RecordedStep {
+        self.on_record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The journal says so from now on.
+    pub(crate) fn set_on_record(&self, step: RecordedStep) {
+        *self.on_record.lock().unwrap_or_else(PoisonError::into_inner) = step;
+    }
+
+    /// Takes in what became of the hand-over.
+    pub(crate) fn hand_over(&self, change: impl FnOnce(&mut Handover)) {
+        self.view.send_if_modified(|view| {
+            let Some(handover) = &mut view.handover else { return false };
+            change(handover);
+            view.revision += 1;
+            true
+        });
+    }
+
+    /// Nobody will ask any more how it ended. That is told to nobody, so it is no change.
+    pub(crate) fn settled(&self) {
+        self.view.send_if_modified(|view| {
+            if let Some(handover) = &mut view.handover {
+                handover.record.settled = true;
+            }
+            false
+        });
     }
 
     /// As it is now.
@@ -256,86 +252,8 @@ impl Entry {
         meter.rate()
     }
 
-    /// Hands over the operation's stream, once.
-    pub fn attach(&self, attached: Attached) -> Result<(), Refused> {
-        if self.is_done() {
-            return Err(Refused::Over);
-        }
-        let mut seat = self.seat.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*seat, StreamSeat::None) {
-            return Err(Refused::NoStream);
-        }
-        match std::mem::replace(&mut *seat, StreamSeat::Taken) {
-            // A task that is gone has ended the operation meanwhile.
-            StreamSeat::Waiting(waiting) => waiting.send(attached).map_err(|_| Refused::Over),
-            StreamSeat::Taken | StreamSeat::None => Err(Refused::StreamTaken),
-        }
-    }
-
-    /// Says Cutover.
-    pub fn cutover(&self) -> Result<(), Refused> {
-        if !self.is_manual() {
-            return Err(Refused::NotManual);
-        }
-        let view = self.view();
-        if view.end.is_some() {
-            return Err(Refused::Over);
-        }
-        // Also where its task has not come to it yet: what was undone first is not cut over.
-        if view.phase == Phase::Unwinding || self.signals.cancel_reason().is_some() {
-            return Err(Refused::Undone);
-        }
-        self.signals.say_cutover();
-        Ok(())
-    }
-
-    /// Says Resume.
-    pub fn resume(&self) -> Result<(), Refused> {
-        match self.fixed.job {
-            JobRecord::Save { after: AfterRecord::Hold, .. } | JobRecord::Restore { hold: true, .. } => {}
-            JobRecord::Save { after: AfterRecord::Resume | AfterRecord::StayStopped, .. }
-            | JobRecord::Restore { hold: false, .. } => return Err(Refused::NoHold),
-        }
-        let view = self.view();
-        match view.phase {
-            Phase::Held if self.signals.cancel_reason().is_some() => Err(Refused::Undone),
-            Phase::Held => {
-                self.signals.say_resume();
-                Ok(())
-            }
-            // Said again while it has its effect. A hold that ran out ends without it, and is worth less.
-            Phase::Resuming if self.signals.is_resumed() => Ok(()),
-            Phase::Done => Err(Refused::Over),
-            Phase::Resuming
-            | Phase::WaitingForStream
-            | Phase::Preparing
-            | Phase::PreCopy
-            | Phase::WaitingForCutover
-            | Phase::Stopping
-            | Phase::StopCopy
-            | Phase::Sealing
-            | Phase::Marking
-            | Phase::Loading
-            | Phase::Verifying
-            | Phase::Unwinding => Err(Refused::NotHeld { phase: view.phase }),
-        }
-    }
-
-    /// Says Cancel. An operation that is being undone already takes it as said again.
-    pub fn cancel(&self, why: Cancel) -> Result<(), Refused> {
-        let view = self.view();
-        if view.end.is_some() {
-            return Err(Refused::Over);
-        }
-        if !view.cancellable && view.phase != Phase::Unwinding {
-            return Err(Refused::PastNoReturn { phase: view.phase });
-        }
-        self.signals.say_cancel(why);
-        Ok(())
-    }
-
     /// Takes in how much state of a device is expected.
-    pub(super) fn expects(&self, device: usize, total: DataSize) {
+    pub(crate) fn expects(&self, device: usize, total: DataSize) {
         self.change(|view| {
             if let Some(live) = view.devices.get_mut(device) {
                 live.total = total;
@@ -368,7 +286,7 @@ impl Entry {
     }
 
     /// How long its devices will stand still, as is known before.
-    pub(super) fn predicts(&self, downtime: Duration) {
+    pub(crate) fn predicts(&self, downtime: Duration) {
         self.change(|view| view.predicted_downtime = Some(downtime));
     }
 
@@ -398,15 +316,28 @@ impl Entry {
     /// Whether its caller says when to stop the devices.
     pub fn is_manual(&self) -> bool {
         match self.fixed.job {
-            JobRecord::Save { manual_cutover, .. } => manual_cutover,
-            JobRecord::Restore { .. } => false,
+            JobRecord::Save { manual_cutover, .. } | JobRecord::Migrate { manual_cutover, .. } => {
+                manual_cutover
+            }
+            JobRecord::Restore { .. } | JobRecord::Arrive { .. } => false,
         }
     }
 
     /// As the journal keeps it, at `step`.
     pub fn record(&self, step: RecordedStep) -> OperationRecord {
-        let Fixed { name, job, devices, caller, request_id, owner_pod, created, trace_id, checkpoint } =
-            self.fixed.clone();
+        let Fixed {
+            name,
+            job,
+            devices,
+            caller,
+            request_id,
+            owner_pod,
+            created,
+            trace_id,
+            checkpoint,
+            peer: _,
+        } = self.fixed.clone();
+        let handover = self.view.borrow().handover.as_ref().map(|handover| handover.record.clone());
         let devices = devices
             .into_iter()
             .zip(&self.view.borrow().devices)
@@ -422,68 +353,21 @@ impl Entry {
             created,
             trace_id,
             checkpoint,
+            handover: handover.map(Box::new),
             step,
         }
+    }
+
+    /// Whether its source may still ask how it ended.
+    pub fn is_owed(&self) -> bool {
+        let view = self.view.borrow();
+        let arrives = matches!(self.fixed.job, JobRecord::Arrive { .. });
+        let asked = view.handover.as_ref().map(|handover| &handover.record);
+        arrives && asked.is_some_and(|record| record.prepared.is_some() && !record.settled)
     }
 
     /// The names of its devices.
     pub fn device_names(&self) -> impl Iterator<Item = &DeviceName> {
         self.fixed.devices.iter().map(|device| &device.device)
     }
-}
-
-impl View {
-    fn new(fixed: &Fixed, phase: Phase, deadline: Option<UnixMillis>) -> Self {
-        let live = Live { moved_bytes: 0, pre_copy_bytes: 0, total: DataSize::Unknown, seal: None };
-        Self {
-            phase,
-            devices: vec![live; fixed.devices.len()],
-            rate_bytes_per_second: 0,
-            predicted_downtime: None,
-            deadline,
-            cancellable: true,
-            end: None,
-            revision: 1,
-        }
-    }
-
-    /// Bytes moved by all devices.
-    pub fn moved_bytes(&self) -> u64 {
-        self.devices.iter().fold(0, |sum, live| sum.saturating_add(live.moved_bytes))
-    }
-
-    /// Bytes in all, as far as they are known: as sure as the least sure of the devices.
-    pub fn total(&self) -> DataSize {
-        total(self.devices.iter().map(|live| live.total))
-    }
-
-    /// When it will be done with moving.
-    pub fn eta(&self) -> Option<Duration> {
-        let left = self.total().bytes()?.saturating_sub(self.moved_bytes());
-        match self.phase {
-            Phase::PreCopy | Phase::StopCopy | Phase::Loading => time_for(left, self.rate_bytes_per_second),
-            Phase::WaitingForStream
-            | Phase::Preparing
-            | Phase::WaitingForCutover
-            | Phase::Stopping
-            | Phase::Sealing
-            | Phase::Held
-            | Phase::Marking
-            | Phase::Verifying
-            | Phase::Resuming
-            | Phase::Unwinding
-            | Phase::Done => None,
-        }
-    }
-}
-
-/// The sum of sizes, as sure as the least sure of them.
-pub(super) fn total(sizes: impl IntoIterator<Item = DataSize>) -> DataSize {
-    sizes.into_iter().fold(DataSize::Known(0), |sum, size| match (sum, size) {
-        (DataSize::Unknown, _) | (_, DataSize::Unknown) => DataSize::Unknown,
-        (DataSize::Known(a), DataSize::Known(b)) => DataSize::Known(a.saturating_add(b)),
-        (DataSize::Known(a) | DataSize::UpperBound(a), DataSize::Known(b) | DataSize::UpperBound(b)) => {
-            DataSize::UpperBound(a.saturating_add(b))
-        }
-    })
 }

@@ -8,7 +8,7 @@ use vfio_checkpoint_proto::v1::BlockerReason;
 use vfio_checkpoint_store::{Checkpoint, CheckpointId, Store, StoreError};
 
 use super::admission::Blocker;
-use super::record::JobRecord;
+use super::record::{HandoverRecord, JobRecord};
 use super::run::Way;
 use crate::core::Core;
 use crate::journal::Owed;
@@ -16,15 +16,18 @@ use crate::rpc::Refusal;
 use crate::stores::Place;
 
 /// What an operation is asked to do, with what is decided of it.
-pub(super) struct Asked<'a> {
-    pub(super) job: JobRecord,
-    pub(super) devices: Vec<(DeviceName, LogicalDeviceId, Epoch)>,
-    pub(super) owner_pod: String,
-    pub(super) kept: Option<Kept<'a>>,
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    pub(crate) job: JobRecord,
+    pub(crate) devices: Vec<(DeviceName, LogicalDeviceId, Epoch)>,
+    pub(crate) owner_pod: String,
+    pub(crate) kept: Option<Kept<'a>>,
+    pub(crate) handover: Option<HandoverRecord>,
 }
 
 /// What an operation has to do with a store.
-pub(super) enum Kept<'a> {
+#[derive(Debug)]
+pub(crate) enum Kept<'a> {
     /// It makes a checkpoint there.
     MadeIn(&'a Place),
     /// It takes this one.

@@ -27,12 +27,13 @@ pub mod record;
 mod run;
 mod signals;
 mod start;
-pub(crate) use kept::about;
-pub(crate) use start::hex;
+pub(crate) use kept::{Asked, about};
+pub(crate) use run::{Way, Work, device_manifests, manifest, run, span};
+pub(crate) use start::{Waits, hex};
 mod table;
 mod take_up;
 
-pub use entry::{Cancel, Entry, Fixed, Live, Phase, Refused, View};
+pub use entry::{Cancel, Entry, Fixed, Handover, Live, Opener, Phase, Refused, Reserved, View};
 pub use signals::Signals;
 pub use start::{Started, Starter};
 pub use table::Operations;

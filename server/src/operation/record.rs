@@ -4,6 +4,9 @@
 //!   Admitted -> Begun -> Held -> Running -> Ended
 //!       \-----------------------/ ^            ^
 //!        \------------------------------------/
+//!
+//!   a migration:  Begun -> Committing -> LettingGo -> Ended       back to Begun where the destination refused
+//!   an arrival:   Begun -> Held -> Running -> Ended               Running -> Reverting -> Ended where none ran
 //! ```
 //! A step is durable before the command that it announces is executed. What is not recorded (how many bytes, which round)
 //! is not needed: a stream never survives the agent, so all before [`RecordedStep::Held`] is undone in the same way.
@@ -11,11 +14,15 @@
 //! The record is its own type, not the one that the agent works with and not the wire's: a journal is read by later
 //! versions of the agent.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use vfio_checkpoint_device::Seal;
-use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, Epoch, LogicalDeviceId, OperationName};
+use vfio_checkpoint_fsm::handover::{ArrivalStep, OfferStep, Verdict};
+use vfio_checkpoint_proto::ids::{
+    CheckpointName, DeviceName, Epoch, KeyHash, LogicalDeviceId, OperationName, Ticket,
+};
 
 use crate::environment::UnixMillis;
 
@@ -42,6 +49,9 @@ pub struct OperationRecord {
     /// The checkpoint in a store that it makes or takes. None where its state goes over a stream.
     #[serde(default)]
     pub checkpoint: Option<CheckpointName>,
+    /// The other side, where its devices move from node to node.
+    #[serde(default)]
+    pub handover: Option<Box<HandoverRecord>>,
     /// How far it is.
     pub step: RecordedStep,
 }
@@ -68,6 +78,157 @@ pub enum JobRecord {
         /// Loaded devices wait for Resume.
         hold: bool,
     },
+    /// Devices to another node.
+    Migrate {
+        /// Read state while the devices run.
+        pre_copy: bool,
+        /// Whether all devices have the P2P states.
+        barrier: bool,
+        /// The caller says when to stop.
+        manual_cutover: bool,
+        /// The caller says when the destination may run them.
+        manual_commit: bool,
+    },
+    /// Devices from another node.
+    Arrive {
+        /// Whether the set goes through RUNNING_P2P.
+        barrier: bool,
+        /// Whoever uses the devices says Ready before the source is told Prepared.
+        require_ready: bool,
+    },
+}
+
+impl JobRecord {
+    /// Whether state comes out of the devices.
+    pub fn gives(self) -> bool {
+        match self {
+            Self::Save { .. } | Self::Migrate { .. } => true,
+            Self::Restore { .. } | Self::Arrive { .. } => false,
+        }
+    }
+}
+
+/// The other side of a migration or an arrival.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandoverRecord {
+    /// Who it is.
+    pub peer: PeerRecord,
+    /// Its operation. Of a migration it is known once the destination has answered Prepare.
+    pub operation: Option<OperationName>,
+    /// Proves to the destination who prepared.
+    pub secret: Option<Ticket>,
+    /// The epochs under which the devices run at the destination, in the order of the set.
+    pub epochs: Vec<Epoch>,
+    /// When the devices of the source were stopped, at the source.
+    pub stopped: Option<UnixMillis>,
+    /// When the destination had all.
+    pub prepared: Option<UnixMillis>,
+    /// How it ended at the destination, as far as is known here.
+    pub verdict: Option<VerdictRecord>,
+    /// What an admin decided.
+    pub resolution: Option<ResolutionRecord>,
+    /// At the destination: the source has its own end on record.
+    pub settled: bool,
+    /// State sent again after a connection broke.
+    pub resent_bytes: u64,
+    /// How often the stream was taken up again.
+    pub reconnects: u32,
+}
+
+impl HandoverRecord {
+    /// Nothing but who is there.
+    pub fn new(peer: PeerRecord) -> Self {
+        Self {
+            peer,
+            operation: None,
+            secret: None,
+            epochs: Vec::new(),
+            stopped: None,
+            prepared: None,
+            verdict: None,
+            resolution: None,
+            settled: false,
+            resent_bytes: 0,
+            reconnects: 0,
+        }
+    }
+}
+
+/// Who is at the other side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum PeerRecord {
+    /// The destination.
+    Destination {
+        /// Where it is.
+        endpoint: String,
+        /// Who must be there. None for whoever has the host's name.
+        spiffe_id: Option<String>,
+    },
+    /// The source.
+    Source {
+        /// The key that it showed.
+        key: KeyHash,
+    },
+}
+
+/// How a hand-over ended at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerdictRecord {
+    /// Every device runs with the state.
+    Committed,
+    /// No device runs with it, and none will.
+    Refused,
+    /// They may have run, and what they had is gone.
+    Lost,
+    /// Some may run, and not all do.
+    Broken,
+}
+
+impl From<Verdict> for VerdictRecord {
+    fn from(verdict: Verdict) -> Self {
+        match verdict {
+            Verdict::Committed => Self::Committed,
+            Verdict::Refused => Self::Refused,
+            Verdict::Lost => Self::Lost,
+            Verdict::Broken => Self::Broken,
+        }
+    }
+}
+
+impl From<VerdictRecord> for Verdict {
+    fn from(verdict: VerdictRecord) -> Self {
+        match verdict {
+            VerdictRecord::Committed => Self::Committed,
+            VerdictRecord::Refused => Self::Refused,
+            VerdictRecord::Lost => Self::Lost,
+            VerdictRecord::Broken => Self::Broken,
+        }
+    }
+}
+
+/// What an admin decided about a migration in doubt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolutionRecord {
+    /// The devices of the source run again. Otherwise they are let go of.
+    pub resume_here: bool,
+    /// Who.
+    pub by: String,
+    /// When.
+    pub at: UnixMillis,
+    /// What they answer for, in their own words. Empty where the destination's own word was enough.
+    pub statement: String,
+}
+
+impl fmt::Display for ResolutionRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = if self.resume_here { "resume here" } else { "let go" };
+        write!(f, "{what}, decided by {}", self.by)?;
+        if self.statement.is_empty() { Ok(()) } else { write!(f, ": {}", self.statement) }
+    }
 }
 
 /// What becomes of saved devices.
@@ -137,6 +298,12 @@ pub enum RecordedStep {
     },
     /// A sealed save whose devices stay stopped, as was asked for.
     Stopped,
+    /// The destination of a migration may have been told to run the devices.
+    Committing,
+    /// The destination of a migration runs them, and those of the source are being reset.
+    LettingGo,
+    /// The devices of an arrival were told to run, none was found running, and all are being reset.
+    Reverting,
     /// Over.
     Ended(EndRecord),
 }
@@ -150,6 +317,9 @@ impl RecordedStep {
             Self::Held { .. } => "HELD",
             Self::Running { .. } => "RUNNING",
             Self::Stopped => "STOPPED",
+            Self::Committing => "COMMITTING",
+            Self::LettingGo => "LETTING_GO",
+            Self::Reverting => "REVERTING",
             Self::Ended(_) => "ENDED",
         }
     }
@@ -161,9 +331,43 @@ impl RecordedStep {
     pub fn hold_left(&self, now: UnixMillis) -> Duration {
         match self {
             Self::Held { deadline, limit, .. } => deadline.remaining(now).min(limit.unwrap_or(Duration::MAX)),
-            Self::Admitted | Self::Begun | Self::Running { .. } | Self::Stopped | Self::Ended(_) => {
-                Duration::ZERO
+            Self::Admitted
+            | Self::Begun
+            | Self::Running { .. }
+            | Self::Stopped
+            | Self::Committing
+            | Self::LettingGo
+            | Self::Reverting
+            | Self::Ended(_) => Duration::ZERO,
+        }
+    }
+
+    /// How far an arrival is that has this on record.
+    pub fn arrival(&self, verdict: Option<VerdictRecord>) -> ArrivalStep {
+        match self {
+            Self::Held { .. } => ArrivalStep::Prepared,
+            Self::Running { .. } => ArrivalStep::Committing,
+            Self::Reverting => ArrivalStep::Reverting,
+            // One that ended without a verdict never got as far as to have one.
+            Self::Ended(_) => ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into)),
+            Self::Admitted | Self::Begun | Self::Stopped | Self::Committing | Self::LettingGo => {
+                ArrivalStep::Loading
             }
+        }
+    }
+
+    /// How far a migration is that has this on record.
+    pub fn offer(&self) -> OfferStep {
+        match self {
+            Self::Committing => OfferStep::Committing,
+            Self::LettingGo => OfferStep::LettingGo,
+            Self::Admitted
+            | Self::Begun
+            | Self::Held { .. }
+            | Self::Running { .. }
+            | Self::Stopped
+            | Self::Reverting
+            | Self::Ended(_) => OfferStep::Begun,
         }
     }
 
@@ -235,6 +439,8 @@ pub enum EndOutcome {
     StateLost,
     /// The restored state took its place.
     Replaced,
+    /// It lives on another node.
+    Moved,
 }
 
 /// What a checkpoint is worth.

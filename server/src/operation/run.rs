@@ -5,38 +5,41 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
+use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_client::document::{self, About};
-use vfio_checkpoint_client::transfer::{Giver, Link, Taker, Terms};
+use vfio_checkpoint_client::transfer::{Giver, Link, Terms, TransferError};
 use vfio_checkpoint_device::operation::{
     self, OperationError, RestoreReport, RestoreTerms, SaveReport, SaveTerms,
 };
 use vfio_checkpoint_device::{DataSize, DeviceLane, chain};
 use vfio_checkpoint_fsm::AfterSave;
 use vfio_checkpoint_proto::domain::{self, DeviceManifest, Invalid, Manifest, SourceDisposition};
-use vfio_checkpoint_proto::ids::StreamId;
+use vfio_checkpoint_proto::ids::{OperationName, StreamId};
 use vfio_checkpoint_store::{Begin, Checkpoint, CheckpointId, Store};
 
 use super::caller::EntryCaller;
 use super::end::{self, End};
 use super::entry::{Cancel, Entry};
-use super::record::RecordedStep;
+use super::record::{JobRecord, RecordedStep};
 use crate::core::Core;
+use crate::environment::UnixMillis;
 use crate::failpoint::reached;
+use crate::migration::{ArrivalSource, Departure, HandoverSink, NotTaken, Offer, RedialDestination, spool};
 use crate::registry::{DeviceView, Lease};
 use crate::transfer::{Attached, StoreSink, StoreSource, WireSink, WireSource};
 
 /// Where an operation's stream comes from.
-pub(super) type Arrival = oneshot::Receiver<Attached>;
+pub(crate) type Arrival = oneshot::Receiver<Attached>;
 
 /// The span that everything about an operation is in.
-pub(super) fn span(core: &Core, entry: &Entry) -> tracing::Span {
+pub(crate) fn span(core: &Core, entry: &Entry) -> tracing::Span {
     let fixed = &entry.fixed;
     let devices: Vec<String> = entry.device_names().map(ToString::to_string).collect();
     tracing::info_span!("operation", node = %core.config.node.name, operation = %fixed.name, trace_id = fixed.trace_id.as_deref(), caller = %fixed.caller, devices = %devices.join(","))
 }
 
 /// What is going to be saved, device by device, as it is known before.
-pub(super) fn device_manifests(views: &[DeviceView]) -> Result<Vec<DeviceManifest>, Invalid> {
+pub(crate) fn device_manifests(views: &[DeviceView]) -> Result<Vec<DeviceManifest>, Invalid> {
     views
         .iter()
         .filter_map(|view| {
@@ -57,14 +60,19 @@ pub(super) fn device_manifests(views: &[DeviceView]) -> Result<Vec<DeviceManifes
 }
 
 /// What is going to be saved.
-pub(super) fn manifest(entry: &Entry, devices: Vec<DeviceManifest>, after: AfterSave) -> Manifest {
+pub(crate) fn manifest(
+    operation: &OperationName,
+    created: UnixMillis,
+    devices: Vec<DeviceManifest>,
+    after: AfterSave,
+) -> Manifest {
     Manifest {
-        operation: entry.fixed.name.clone(),
-        create_time: entry.fixed.created.system_time(),
+        operation: operation.clone(),
+        create_time: created.system_time(),
         devices,
         source_disposition: match after {
             AfterSave::Resume | AfterSave::Hold => SourceDisposition::RunsOn,
-            AfterSave::StayStopped => SourceDisposition::StaysStopped,
+            AfterSave::StayStopped | AfterSave::HandOver => SourceDisposition::StaysStopped,
         },
     }
 }
@@ -79,20 +87,25 @@ fn size_to_wire(size: DataSize) -> domain::DataSize {
 
 /// What an operation is to do, and on which terms.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Work {
+pub(crate) enum Work {
     Save(SaveTerms),
     Restore(RestoreTerms),
+    /// With what the hand-over adds to the stop.
+    Migrate(SaveTerms, Duration),
+    Arrive(RestoreTerms),
 }
 
 /// Where an operation's state goes, or comes from.
 #[derive(Debug)]
-pub(super) enum Way {
+pub(crate) enum Way {
     /// The stream that its caller opens.
     Stream(Arrival),
     /// A store: this checkpoint is made in it, of about so many bytes.
     IntoStore { store: Store, id: CheckpointId, reserve_bytes: u64 },
     /// This checkpoint of a store.
     OutOfStore { checkpoint: Box<Checkpoint>, about: Box<About> },
+    /// Another agent, which this one calls.
+    ToPeer(Box<Departure>),
 }
 
 /// A way that is open.
@@ -100,10 +113,11 @@ enum Opened {
     Stream(Attached),
     IntoStore(Box<StoreSink>),
     OutOfStore(Box<StoreSource>),
+    ToPeer(Client, Attached),
 }
 
 /// An operation, start to end.
-pub(super) async fn run(
+pub(crate) async fn run(
     core: Arc<Core>,
     entry: Arc<Entry>,
     lease: Lease,
@@ -145,6 +159,18 @@ async fn open(
         Way::OutOfStore { checkpoint, about } => {
             Ok(Opened::OutOfStore(StoreSource::new(*checkpoint, *about, Arc::clone(entry)).into()))
         }
+        Way::ToPeer(departure) => {
+            // Not in the middle of it: what the destination has prepared by then must be known, to be given up.
+            if let Some(why) = entry.signals.cancel_reason() {
+                return Err(end::never_begun(&why).into());
+            }
+            let (client, attached) =
+                departure.open(core, entry, manifest).await.map_err(|error| end::not_taken(&error))?;
+            match entry.signals.cancel_reason() {
+                Some(why) => Err(end::never_begun(&why).into()),
+                None => Ok(Opened::ToPeer(client, attached)),
+            }
+        }
     }
 }
 
@@ -177,8 +203,12 @@ async fn carry(
         return end::not_open();
     };
     let (hold_limit, cutover_limit) = match work {
-        Work::Save(terms) => (terms.hold_limit, terms.cutover_limit),
-        Work::Restore(terms) => (terms.hold_limit, Duration::ZERO),
+        Work::Save(terms) | Work::Migrate(terms, _) => (terms.hold_limit, terms.cutover_limit),
+        Work::Restore(terms) | Work::Arrive(terms) => (terms.hold_limit, Duration::ZERO),
+    };
+    let handover_cost = match work {
+        Work::Migrate(_, cost) => cost,
+        Work::Save(_) | Work::Restore(_) | Work::Arrive(_) => Duration::ZERO,
     };
     let caller = EntryCaller {
         core: Arc::clone(core),
@@ -186,7 +216,7 @@ async fn carry(
         hold_limit,
         cutover_limit,
         stream: None,
-        on_record: RecordedStep::Admitted.into(),
+        handover_cost,
     };
     match (work, opened) {
         (Work::Save(terms), Opened::Stream(attached)) => {
@@ -194,8 +224,8 @@ async fn carry(
             end::of_save(entry, lease, save(&lanes, terms, caller, link, wire).await)
         }
         (Work::Restore(terms), Opened::Stream(attached)) => {
-            let (link, wire) = attached.open(&core.config, new_stream(core), manifest).await;
-            end::of_restore(entry, lease, restore(&lanes, terms, caller, link, wire).await)
+            let source = attached.source(core, new_stream(core), manifest, entry).await;
+            end::of_restore(entry, lease, restore(&lanes, terms, caller, source).await)
         }
         (Work::Save(terms), Opened::IntoStore(mut sink)) => {
             let saved = operation::save(&lanes, terms, &caller, &mut *sink).await;
@@ -205,12 +235,30 @@ async fn carry(
         (Work::Restore(terms), Opened::OutOfStore(mut source)) => {
             end::of_restore(entry, lease, operation::restore(&lanes, terms, &caller, &mut *source).await)
         }
-        (Work::Save(_), Opened::OutOfStore(_)) | (Work::Restore(_), Opened::IntoStore(_)) => end::no_way(),
+        (Work::Migrate(terms, _), Opened::ToPeer(client, attached)) => {
+            let (link, wire) = attached.open(&core.config, new_stream(core), manifest).await;
+            let giver = match departing(core, entry, link, wire).await {
+                Ok(giver) => giver,
+                Err(error) => return *end::not_taken(&NotTaken(Box::new(error))),
+            };
+            let offer = Offer::new(Arc::clone(core), Arc::clone(entry), Some(client));
+            end::of_migration(entry, lease, migrate(&lanes, terms, caller, giver, offer).await)
+        }
+        (Work::Arrive(terms), Opened::Stream(attached)) => {
+            let source = attached.source(core, new_stream(core), manifest, entry).await;
+            end::of_restore(entry, lease, arrive(&lanes, terms, caller, source).await)
+        }
+        (Work::Save(_) | Work::Restore(_), Opened::ToPeer(..))
+        | (Work::Migrate(..), Opened::Stream(_) | Opened::IntoStore(_) | Opened::OutOfStore(_))
+        | (Work::Arrive(_), Opened::IntoStore(_) | Opened::OutOfStore(_) | Opened::ToPeer(..))
+        | (Work::Save(_), Opened::OutOfStore(_))
+        | (Work::Restore(_), Opened::IntoStore(_)) => end::no_way(),
     }
 }
 
 fn new_stream(core: &Core) -> StreamId {
-    StreamId(core.environment.executor.random())
+    // 0 stands for none on the wire.
+    StreamId(core.environment.executor.random().max(1))
 }
 
 async fn save(
@@ -235,14 +283,63 @@ async fn save(
     saved
 }
 
+/// The giver of a migration, which calls its destination again where the connection breaks; and how long it may be silent.
+async fn departing(
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
+    link: Link,
+    wire: Terms,
+) -> Result<(Giver, Duration), TransferError> {
+    let (idle_timeout, window) = (wire.limits.idle_timeout, core.config.server.stream_resume_window);
+    let redial = RedialDestination { core: Arc::clone(core), entry: Arc::clone(entry) };
+    let spool = spool(core).await?;
+    Ok((Giver::new(link, wire).resumable(spool, Box::new(redial), window)?, idle_timeout))
+}
+
+async fn migrate(
+    lanes: &[DeviceLane],
+    terms: SaveTerms,
+    mut caller: EntryCaller,
+    (giver, idle_timeout): (Giver, Duration),
+    offer: Offer,
+) -> Result<SaveReport, OperationError> {
+    let core = Arc::clone(&caller.core);
+    // The destination may wait for its own workload before it says that it has all.
+    let seal_timeout = core.config.server.seal_timeout.max(terms.hold_limit);
+    let entry = Arc::clone(&caller.entry);
+    let wire = WireSink::new(giver, entry, &core.environment, idle_timeout, seal_timeout);
+    let watch = wire.watch();
+    caller.stream = Some(watch.clone());
+    let mut sink = HandoverSink::new(wire, offer);
+    let moved = operation::save(lanes, terms, &caller, &mut sink).await;
+    // What was sent again last was so after the last of the state was read.
+    caller.entry.hand_over(|handover| handover.record.resent_bytes = watch.resent_bytes());
+    if let Err(error) = &moved {
+        sink.give_up(chain(error)).await;
+    }
+    moved
+}
+
+async fn arrive(
+    lanes: &[DeviceLane],
+    terms: RestoreTerms,
+    caller: EntryCaller,
+    source: WireSource,
+) -> Result<RestoreReport, OperationError> {
+    let mut source = ArrivalSource::new(source, Arc::clone(&caller.entry));
+    let restored = operation::restore(lanes, terms, &caller, &mut source).await;
+    if let Err(error) = &restored {
+        source.give_up(&chain(error)).await;
+    }
+    restored
+}
+
 async fn restore(
     lanes: &[DeviceLane],
     terms: RestoreTerms,
     caller: EntryCaller,
-    link: Link,
-    wire: Terms,
+    mut source: WireSource,
 ) -> Result<RestoreReport, OperationError> {
-    let mut source = WireSource::new(Taker::new(link, wire), Arc::clone(&caller.entry));
     let restored = operation::restore(lanes, terms, &caller, &mut source).await;
     if let Err(error) = &restored {
         source.give_up(&chain(error)).await;
@@ -277,7 +374,10 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     }
     reached(format_args!("read back"));
     let (record, changes) = ended.settle(core, entry, &lease);
+    let recording = entry.recording.lock().await;
     core.commit_surely(changes.clone()).await;
+    entry.set_on_record(RecordedStep::Ended(record.clone()));
+    drop(recording);
     end::take_over_records(core, &changes);
     core.stores.debts().recorded(&changes);
     tracing::info!(
@@ -290,4 +390,9 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     drop(lease);
     core.operations.release();
     entry.end(record);
+    if matches!(entry.fixed.job, JobRecord::Migrate { .. }) {
+        // In a task of its own: the destination may be gone, and nothing here depends on it any more.
+        let offer = Offer::new(Arc::clone(core), Arc::clone(entry), None);
+        core.tasks.spawn(offer.farewell());
+    }
 }

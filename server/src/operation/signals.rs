@@ -1,4 +1,4 @@
-//! What the caller of an operation says while it runs: Cutover, Resume, Cancel.
+//! What the caller of an operation says while it runs: Cutover, Resume, Commit, Ready, Cancel, and an admin's decision.
 //!
 //! Each is a level, not an edge: said once it stays said, whoever listens and whenever.
 
@@ -13,6 +13,9 @@ use super::entry::Cancel;
 pub struct Signals {
     cutover: watch::Sender<bool>,
     resume: watch::Sender<bool>,
+    commit: watch::Sender<bool>,
+    ready: watch::Sender<bool>,
+    resolved: watch::Sender<bool>,
     cancel: watch::Sender<Option<Cancel>>,
     /// It is not taken up yet, because a device of it does not answer.
     waits_for_device: AtomicBool,
@@ -24,6 +27,9 @@ impl Signals {
         Self {
             cutover: watch::Sender::new(false),
             resume: watch::Sender::new(false),
+            commit: watch::Sender::new(false),
+            ready: watch::Sender::new(false),
+            resolved: watch::Sender::new(false),
             cancel: watch::Sender::new(None),
             waits_for_device: AtomicBool::new(false),
         }
@@ -51,6 +57,36 @@ impl Signals {
     /// Whether Resume was said.
     pub fn is_resumed(&self) -> bool {
         *self.resume.borrow()
+    }
+
+    /// The destination may run the devices.
+    pub fn say_commit(&self) {
+        self.commit.send_replace(true);
+    }
+
+    /// Whoever uses the devices of an arrival is ready.
+    pub fn say_ready(&self) {
+        self.ready.send_replace(true);
+    }
+
+    /// An admin's decision about a migration in doubt is on record.
+    pub fn say_resolved(&self) {
+        self.resolved.send_replace(true);
+    }
+
+    /// Ready once Commit was said.
+    pub async fn commit(&self) {
+        said(&self.commit).await;
+    }
+
+    /// Ready once Ready was said.
+    pub async fn ready(&self) {
+        said(&self.ready).await;
+    }
+
+    /// Ready once an admin's decision is on record.
+    pub async fn resolved(&self) {
+        said(&self.resolved).await;
     }
 
     /// Undo everything. The first reason stays.

@@ -91,7 +91,7 @@ impl Core {
             after: match plan.after {
                 AfterSave::Resume => AfterRecord::Resume,
                 AfterSave::Hold => AfterRecord::Hold,
-                AfterSave::StayStopped => AfterRecord::StayStopped,
+                AfterSave::StayStopped | AfterSave::HandOver => AfterRecord::StayStopped,
             },
         };
         let devices = found.views.iter().filter_map(|view| {
@@ -113,11 +113,12 @@ impl Core {
             },
             cutover_limit: waits.cutover.unwrap_or(defaults.cutover_timeout),
             hold_limit: waits.hold.unwrap_or(defaults.hold_timeout),
+            stop_limit: None,
         };
         let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
         let manifests = run::device_manifests(&found.views)?;
         let kept = target.map(Kept::MadeIn);
-        let asked = Asked { job, devices, owner_pod, kept };
+        let asked = Asked { job, devices, owner_pod, kept, handover: None };
         let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
         let made = entry.fixed.checkpoint.as_ref().and_then(|name| name.id().parse().ok());
         let way = match (store, made) {
@@ -126,7 +127,7 @@ impl Core {
             }
             (Some(_) | None, _) => Way::Stream(arrival),
         };
-        let manifest = run::manifest(&entry, manifests, plan.after);
+        let manifest = run::manifest(&entry.fixed.name, entry.fixed.created, manifests, plan.after);
         for (index, view) in found.views.iter().enumerate() {
             entry.expects(index, view.data_size);
         }
@@ -200,7 +201,7 @@ impl Core {
             RestoreSource::Checkpoint(name) => Some(Kept::Taken(name.clone())),
             RestoreSource::Stream(_) => None,
         };
-        let asked = Asked { job, devices, owner_pod, kept };
+        let asked = Asked { job, devices, owner_pod, kept, handover: None };
         let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
         let way = way.unwrap_or(Way::Stream(arrival));
         for (index, device) in manifest.devices.iter().enumerate() {
@@ -213,14 +214,14 @@ impl Core {
         Ok(Started { entry: Some(entry), blockers: Vec::new(), prediction: () })
     }
 
-    async fn lock(&self, starter: &Starter) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+    pub(crate) async fn lock(&self, starter: &Starter) -> Option<tokio::sync::OwnedMutexGuard<()>> {
         match starter.key() {
             Some(key) => Some(self.operations.lock_request(&key).await),
             None => None,
         }
     }
 
-    fn started_before(&self, starter: &Starter) -> Result<Option<Arc<Entry>>, Refusal> {
+    pub(crate) fn started_before(&self, starter: &Starter) -> Result<Option<Arc<Entry>>, Refusal> {
         let (Some(key), Some((_, digest))) = (starter.key(), &starter.request) else { return Ok(None) };
         let Some(record) = self.operations.request(&key) else { return Ok(None) };
         match &record.answer {
@@ -230,7 +231,7 @@ impl Core {
     }
 
     /// Reads the devices of a set back, all at once.
-    async fn look(&self, names: &[DeviceName]) -> Found {
+    pub(crate) async fn look(&self, names: &[DeviceName]) -> Found {
         let missing =
             names.iter().filter(|name| self.registry.get(name).is_none()).map(admission::not_found).collect();
         let slots: Vec<Arc<Slot>> =
@@ -239,7 +240,7 @@ impl Core {
         Found { slots, views, missing }
     }
 
-    fn bounds(&self) -> Bounds {
+    pub(crate) fn bounds(&self) -> Bounds {
         Bounds {
             rate_bytes_per_second: self.config.defaults.rate_bytes_per_second,
             max_device_bytes: self.config.limits.max_device_bytes,
@@ -247,7 +248,7 @@ impl Core {
     }
 
     /// Whether the agent itself takes no operation now.
-    fn busy(&self) -> Option<Blocker> {
+    pub(crate) fn busy(&self) -> Option<Blocker> {
         let most = self.config.limits.max_operations;
         if self.is_ending() {
             return Some(Blocker::set(BlockerReason::AgentBusy, "the agent is shutting down"));
@@ -255,11 +256,11 @@ impl Core {
         (*self.operations.running().borrow() >= most).then(|| too_many(most))
     }
 
-    fn check_ending(&self) -> Result<(), Refusal> {
+    pub(crate) fn check_ending(&self) -> Result<(), Refusal> {
         if self.is_ending() { Err(Refusal::ShuttingDown) } else { Ok(()) }
     }
 
-    fn waits_within(&self, field: &str, asked: Option<Duration>) -> Result<(), Refusal> {
+    pub(crate) fn waits_within(&self, field: &str, asked: Option<Duration>) -> Result<(), Refusal> {
         let most = self.config.limits.max_wait;
         match asked {
             Some(asked) if asked > most => Err(Refusal::invalid(
@@ -271,14 +272,14 @@ impl Core {
     }
 
     /// Leases, records, and seats an operation, or says what is in the way. Where it fails nothing is left behind.
-    async fn admit(
+    pub(crate) async fn admit(
         self: &Arc<Self>,
         found: &Found,
         mut blockers: Vec<Blocker>,
         asked: Asked<'_>,
         starter: Starter,
     ) -> Result<(Arc<Entry>, Lease, run::Arrival), Refusal> {
-        let Asked { job, devices, owner_pod, kept } = asked;
+        let Asked { job, devices, owner_pod, kept, handover } = asked;
         let now = self.environment.unix_now();
         let name = self.operations.new_name(now, &*self.environment.executor);
         let checkpoint = match kept {
@@ -339,8 +340,10 @@ impl Core {
             created: now,
             trace_id: starter.trace_id,
             checkpoint,
+            peer: handover.as_ref().map(|handover| handover.peer.clone()),
         };
-        let (entry, arrival) = Entry::new(fixed, now.after(self.config.defaults.stream_open_timeout));
+        let (entry, arrival) =
+            Entry::new(fixed, handover, now.after(self.config.defaults.stream_open_timeout));
         let entry = Arc::new(entry);
         let mut changes = vec![Change::Operation(Box::new(entry.record(RecordedStep::Admitted)))];
         let request = request.map(|(key, digest)| {
@@ -375,7 +378,7 @@ impl Core {
     }
 
     /// The epoch under which a logical device runs next: higher than any that this agent has seen of it.
-    fn next_epoch(&self, logical: &LogicalDeviceId, stated: Epoch) -> Epoch {
+    pub(crate) fn next_epoch(&self, logical: &LogicalDeviceId, stated: Epoch) -> Epoch {
         let here = self.registry.all().filter_map(|slot| slot.view().record);
         let highest = here
             .flat_map(|record| {
@@ -398,14 +401,14 @@ impl Starter {
 }
 
 /// How long a save waits for what.
-struct Waits {
-    pre_copy: Option<Duration>,
-    cutover: Option<Duration>,
-    hold: Option<Duration>,
+pub(crate) struct Waits {
+    pub(crate) pre_copy: Option<Duration>,
+    pub(crate) cutover: Option<Duration>,
+    pub(crate) hold: Option<Duration>,
 }
 
 impl Waits {
-    fn of(spec: &SaveRequestSpec) -> Self {
+    pub(crate) fn of(spec: &SaveRequestSpec) -> Self {
         Self {
             pre_copy: match spec.pre_copy {
                 PreCopy::IfAble { budget } | PreCopy::Required { budget } => budget,
@@ -417,17 +420,20 @@ impl Waits {
             },
             hold: match spec.after {
                 domain::AfterSave::Hold { timeout } => timeout,
-                domain::AfterSave::Resume | domain::AfterSave::StayStopped => None,
+                domain::AfterSave::Resume | domain::AfterSave::StayStopped | domain::AfterSave::HandOver => {
+                    None
+                }
             },
         }
     }
 }
 
 /// What was found of a set.
-struct Found {
+#[derive(Debug)]
+pub(crate) struct Found {
     slots: Vec<Arc<Slot>>,
-    views: Vec<DeviceView>,
-    missing: Vec<Blocker>,
+    pub(crate) views: Vec<DeviceView>,
+    pub(crate) missing: Vec<Blocker>,
 }
 
 /// Room for one more operation, given back unless it is kept.

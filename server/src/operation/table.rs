@@ -145,6 +145,8 @@ impl Operations {
         let ended: Vec<(OperationName, UnixMillis)> = tables
             .entries
             .values()
+            // A source that may still ask must find what it was answered.
+            .filter(|entry| !entry.is_owed())
             .filter_map(|entry| Some((entry.fixed.name.clone(), entry.view().end?.at)))
             .collect();
         let surplus = ended.len().saturating_sub(count);

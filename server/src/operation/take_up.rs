@@ -8,10 +8,19 @@
 //!   Held            the hold goes on            STATE_LOST
 //!   Running         they go on to RUNNING       STATE_LOST
 //!   Stopped         nothing left to do          STATE_LOST, and the checkpoint stands
+//!   of a migration:
+//!   Committing      the destination is asked on the same; if it refused: STATE_LOST
+//!   LettingGo       reset                       the same
+//!   of an arrival:
+//!   Held            it waits on for the commit  refused
+//!   Running         they go on to RUNNING       lost
+//!   Reverting       reset: refused              refused
 //! ```
 //! An operation of which a kept device does not answer yet is not taken up, and its devices stay leased, until it answers or
 //! is known to be lost: what became of its state nobody can tell before.
 //! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did.
+
+mod handed_over;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,6 +28,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use tracing::Instrument as _;
+use vfio_checkpoint_device::driver::Driver;
 use vfio_checkpoint_device::operation::{self, LoadedBefore, RecordedRestore, RecordedSave};
 use vfio_checkpoint_device::{Call, VerifiedSeal};
 use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, RestorePlan, Role, SavePlan, SaveState, Validity};
@@ -76,10 +86,12 @@ impl Core {
         }
         let arrived = arrived(arrivals).await;
         let waits = matches!(step, RecordedStep::Held { .. });
+        // Whether they were kept or not: it is the destination that is waited for.
+        let asks = step == RecordedStep::Committing;
         let span = span(self, &entry);
         let is_kept = core.is_kept(&entry, &lease, &step, &arrived);
         let work = async move { core.go_on(entry, lease, step, &arrived).await }.instrument(span);
-        if is_kept && waits {
+        if is_kept && waits || asks {
             self.tasks.spawn(work);
         } else {
             work.await;
@@ -116,8 +128,12 @@ impl Core {
         let kept = self.is_kept(&entry, &lease, &step, arrived);
         tracing::warn!(?step, kept, "taken up after the agent ended");
         reached(format_args!("take-up begins"));
+        let decided = matches!(step, RecordedStep::Committing | RecordedStep::LettingGo);
         let ended = if kept {
             adopted(&self, &entry, &lease, step).await
+        } else if decided {
+            let arrived = self.for_it(&entry, &step, arrived);
+            handed_over::in_part(&self, &entry, &lease, &step, &arrived).await
         } else {
             let arrived = self.for_it(&entry, &step, arrived);
             not_kept(&self, &entry, &lease, &step, &arrived).await
@@ -143,17 +159,37 @@ fn is_same(slot: &Slot, device: &OperationDeviceRecord, job: JobRecord, step: &R
     let Some(record) = slot.view().record else { return false };
     let lives = OccupantRecord { logical: record.logical, epoch: record.epoch };
     match (job, step) {
-        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Running { .. }) => {
+        (JobRecord::Save { .. }, _)
+        | (
+            JobRecord::Migrate { .. },
+            RecordedStep::Admitted
+            | RecordedStep::Begun
+            | RecordedStep::Held { .. }
+            | RecordedStep::Running { .. }
+            | RecordedStep::Stopped
+            | RecordedStep::Committing
+            | RecordedStep::Reverting
+            | RecordedStep::Ended(_),
+        )
+        | (JobRecord::Restore { .. } | JobRecord::Arrive { .. }, RecordedStep::Running { .. }) => {
             lives == OccupantRecord { logical: device.logical.clone(), epoch: device.epoch }
         }
         // Nothing of the restored state runs, so on record is still what lived there before.
-        (JobRecord::Restore { .. }, RecordedStep::Admitted | RecordedStep::Held { .. }) => {
-            device.before.as_ref().is_none_or(|before| *before == lives)
-        }
+        (
+            JobRecord::Restore { .. } | JobRecord::Arrive { .. },
+            RecordedStep::Admitted | RecordedStep::Held { .. },
+        ) => device.before.as_ref().is_none_or(|before| *before == lives),
         // It is reset, whatever it has.
-        (JobRecord::Restore { .. }, RecordedStep::Begun | RecordedStep::Stopped | RecordedStep::Ended(_)) => {
-            true
-        }
+        (JobRecord::Migrate { .. }, RecordedStep::LettingGo)
+        | (
+            JobRecord::Restore { .. } | JobRecord::Arrive { .. },
+            RecordedStep::Begun
+            | RecordedStep::Stopped
+            | RecordedStep::Committing
+            | RecordedStep::LettingGo
+            | RecordedStep::Reverting
+            | RecordedStep::Ended(_),
+        ) => true,
     }
 }
 
@@ -168,12 +204,12 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
         hold_limit: remaining,
         cutover_limit: Duration::ZERO,
         stream: None,
-        on_record: step.clone().into(),
+        handover_cost: Duration::ZERO,
     };
     let checkpoint = match entry.fixed.job {
         JobRecord::Save { .. } => entry.fixed.checkpoint.clone(),
         // It takes the checkpoint, and has nothing to say of it.
-        JobRecord::Restore { .. } => None,
+        JobRecord::Restore { .. } | JobRecord::Migrate { .. } | JobRecord::Arrive { .. } => None,
     };
     let mut left = LeftBehind { core: Arc::clone(core), checkpoint };
     match entry.fixed.job {
@@ -190,7 +226,11 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
                 RecordedStep::Running { inconsistent } => RecordedSave::Resuming {
                     checkpoint: if inconsistent { Validity::Inconsistent } else { Validity::Consistent },
                 },
-                RecordedStep::Stopped | RecordedStep::Ended(_) => RecordedSave::Stopped,
+                RecordedStep::Stopped
+                | RecordedStep::Committing
+                | RecordedStep::LettingGo
+                | RecordedStep::Reverting
+                | RecordedStep::Ended(_) => RecordedSave::Stopped,
             };
             let ended = operation::take_up_save(&lanes, plan, recorded, &caller, &mut left).await;
             match ended {
@@ -199,8 +239,18 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
                 Err(error) => end::failed(entry, lease, &error),
             }
         }
-        JobRecord::Restore { .. } if step == RecordedStep::Admitted => end::untouched(),
-        JobRecord::Restore { barrier, hold } => {
+        JobRecord::Migrate { pre_copy, barrier, .. } => {
+            let plan = SavePlan { pre_copy, barrier, cutover: Cutover::Auto, after: AfterSave::HandOver };
+            handed_over::adopted(core, entry, lease, &lanes, plan, &caller, &step).await
+        }
+        JobRecord::Restore { .. } | JobRecord::Arrive { .. } if step == RecordedStep::Admitted => {
+            end::untouched()
+        }
+        JobRecord::Restore { barrier, .. } | JobRecord::Arrive { barrier, .. } => {
+            let hold = match entry.fixed.job {
+                JobRecord::Restore { hold, .. } => hold,
+                JobRecord::Save { .. } | JobRecord::Migrate { .. } | JobRecord::Arrive { .. } => true,
+            };
             let plan = RestorePlan { barrier, after: if hold { AfterLoad::Hold } else { AfterLoad::Run } };
             let seals: Option<Vec<_>> = entry.fixed.devices.iter().map(|device| device.seal).collect();
             let devices = seals.map(|seals| {
@@ -216,6 +266,9 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
                     | RecordedStep::Held { .. }
                     | RecordedStep::Running { .. }
                     | RecordedStep::Stopped
+                    | RecordedStep::Committing
+                    | RecordedStep::LettingGo
+                    | RecordedStep::Reverting
                     | RecordedStep::Ended(_),
                     _,
                 ) => RecordedRestore::Unloaded,
@@ -230,24 +283,30 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
 
 /// Brings back what was kept of a set, alone, and says what became of the rest.
 async fn not_kept(
-    core: &Core,
-    entry: &Entry,
+    core: &Arc<Core>,
+    entry: &Arc<Entry>,
     lease: &Lease,
     step: &RecordedStep,
     arrived: &[Arrived],
 ) -> End {
     let role = match (entry.fixed.job, step) {
         // Nothing of the restore had begun: what is in the devices is their own.
-        (JobRecord::Save { .. }, _) | (JobRecord::Restore { .. }, RecordedStep::Admitted) => Role::Source,
+        (JobRecord::Save { .. } | JobRecord::Migrate { .. }, _)
+        | (JobRecord::Restore { .. } | JobRecord::Arrive { .. }, RecordedStep::Admitted) => Role::Source,
         (
-            JobRecord::Restore { .. },
+            JobRecord::Restore { .. } | JobRecord::Arrive { .. },
             RecordedStep::Begun
             | RecordedStep::Held { .. }
             | RecordedStep::Running { .. }
             | RecordedStep::Stopped
+            | RecordedStep::Committing
+            | RecordedStep::LettingGo
+            | RecordedStep::Reverting
             | RecordedStep::Ended(_),
         ) => Role::Destination,
     };
+    // Of an arrival that is given up nothing runs on, also not what had begun to.
+    let is_given_up = matches!(entry.fixed.job, JobRecord::Arrive { .. }) && role == Role::Destination;
     let (mut lost, mut reset, mut quarantined) = (Vec::new(), Vec::new(), Vec::new());
     for (slot, how) in lease.slots().iter().zip(arrived) {
         match how {
@@ -263,18 +322,34 @@ async fn not_kept(
                 reset.push(slot.name().clone());
             }
             // The holder may have it still, as it was.
-            Arrived::Not => lost.push((slot.name().clone(), Why::NotOpen)),
+            Arrived::Not => {
+                lost.push((slot.name().clone(), Why::NotOpen));
+                // Nor can anybody say that it does not run.
+                if is_given_up {
+                    quarantined.push(slot.name().clone());
+                }
+            }
             // It stays stopped as was asked for: its checkpoint may run elsewhere.
             Arrived::Adopted if *step == RecordedStep::Stopped => {}
             Arrived::Adopted => {
-                let Some(lane) = slot.lane() else { continue };
-                let back =
-                    lane.start(Call::GetState, move |driver| driver.recover_left_over(role)).finished().await;
-                if !matches!(back, Ok(Ok(_))) {
+                if !bring_back(slot, role, is_given_up).await {
                     quarantined.push(slot.name().clone());
                 }
             }
         }
     }
     end::not_kept(entry, lost, reset, quarantined, step)
+}
+
+/// Brings a device back that was kept, or resets it.
+async fn bring_back(slot: &Slot, role: Role, reset: bool) -> bool {
+    let Some(lane) = slot.lane() else { return false };
+    let back = if reset {
+        lane.start(Call::Reset, Driver::reset).finished().await
+    } else {
+        let recovered =
+            lane.start(Call::GetState, move |driver| driver.recover_left_over(role)).finished().await;
+        recovered.map(|recovered| recovered.map(|_outcome| ()))
+    };
+    matches!(back, Ok(Ok(())))
 }

@@ -11,7 +11,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -21,11 +20,10 @@ use vfio_checkpoint_device::address::{Keepsake, KeepsakeError};
 use vfio_checkpoint_device::{Lane, chain};
 use vfio_checkpoint_proto::ids::DeviceName;
 
+use super::hardware::{Hardware, Holding};
 use crate::environment::Environment;
-use crate::holder::{BootId, ClientError, DeviceKey, HolderClient, InvalidLabel, Label, LabelError, Refusal};
+use crate::holder::{ClientError, InvalidLabel, LabelError};
 
-/// How long the holder may take to answer. It answers at once, unless the machine is busy.
-const WITHIN: Duration = Duration::from_secs(10);
 /// How often it is looked after.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -39,7 +37,8 @@ pub struct Keeper {
 #[derive(Debug)]
 struct Shared {
     socket: PathBuf,
-    client: Option<HolderClient>,
+    hardware: Arc<dyn Hardware>,
+    client: Option<Box<dyn Holding>>,
     kept: BTreeMap<DeviceName, Keepsake>,
 }
 
@@ -86,7 +85,8 @@ impl Keeper {
     /// Connects to the holder.
     pub async fn connect(environment: &Environment, socket: PathBuf) -> Result<Self, KeeperError> {
         let lane = environment.executor.lane("holder").map_err(KeeperError::Thread)?.into();
-        let shared = Arc::new(Mutex::new(Shared { socket, client: None, kept: BTreeMap::new() }));
+        let hardware = Arc::clone(&environment.hardware);
+        let shared = Arc::new(Mutex::new(Shared { socket, hardware, client: None, kept: BTreeMap::new() }));
         let keeper = Self { lane, shared };
         keeper.run(|shared| shared.client().map(|_| ())).await?;
         Ok(keeper)
@@ -94,33 +94,18 @@ impl Keeper {
 
     /// What an earlier agent left with the holder of this device.
     pub async fn take(&self, device: DeviceName) -> Result<Option<Keepsake>, KeeperError> {
-        self.run(move |shared| {
-            let key = key(&device)?;
-            match shared.client()?.take(&key) {
-                Ok(taken) => {
-                    let keepsake = taken.into_keepsake();
-                    keepsake.map(Some).map_err(|source| KeeperError::Keepsake { device, source })
-                }
-                Err(ClientError::Refused(Refusal::NotHeld { .. })) => Ok(None),
-                Err(error) => Err(error.into()),
-            }
-        })
-        .await
+        self.run(move |shared| shared.client()?.take(&device)).await
     }
 
     /// The names of what the holder has now.
     pub async fn held(&self) -> Result<Vec<String>, KeeperError> {
-        self.run(|shared| {
-            let held = shared.client()?.list()?;
-            Ok(held.into_iter().map(|label| label.key.to_string()).collect())
-        })
-        .await
+        self.run(|shared| shared.client()?.held()).await
     }
 
     /// Has a device kept from now on.
     pub async fn put(&self, device: DeviceName, keepsake: Keepsake) -> Result<(), KeeperError> {
         self.run(move |shared| {
-            let put = shared.put(&device, &keepsake);
+            let put = shared.client().and_then(|client| client.put(&device, &keepsake));
             // Also where it failed: it is tried again.
             shared.kept.insert(device, keepsake);
             put
@@ -132,8 +117,7 @@ impl Keeper {
     pub async fn let_go(&self, device: DeviceName) -> Result<(), KeeperError> {
         self.run(move |shared| {
             shared.kept.remove(&device);
-            let key = key(&device)?;
-            Ok(shared.client()?.remove(&key).map(|_| ())?)
+            shared.client()?.let_go(&device)
         })
         .await
     }
@@ -187,38 +171,26 @@ impl Keeper {
 }
 
 impl Shared {
-    fn client(&mut self) -> Result<&mut HolderClient, KeeperError> {
+    fn client(&mut self) -> Result<&mut dyn Holding, KeeperError> {
         let client = match self.client.take() {
             Some(client) if !client.is_closed() => client,
-            Some(_) | None => HolderClient::connect(&self.socket, WITHIN)?,
+            Some(_) | None => self.hardware.holder(&self.socket)?,
         };
-        Ok(self.client.insert(client))
-    }
-
-    fn put(&mut self, device: &DeviceName, keepsake: &Keepsake) -> Result<(), KeeperError> {
-        let label = Label::of(key(device)?, keepsake, BootId::current())
-            .map_err(|source| KeeperError::Label { device: device.clone(), source })?;
-        let fds: Vec<_> = keepsake.fds.iter().map(|fd| fd.as_fd()).collect();
-        self.client()?.put(&label, &fds)?;
-        Ok(())
+        Ok(&mut **self.client.insert(client))
     }
 
     /// Where the holder was restarted, or lost something, it gets everything again.
     fn look(&mut self) -> Result<(), KeeperError> {
-        let held: Vec<DeviceKey> = self.client()?.list()?.into_iter().map(|label| label.key).collect();
+        let held = self.client()?.held()?;
         let kept = std::mem::take(&mut self.kept);
         let mut first = Ok(());
         for (device, keepsake) in &kept {
-            let has = key(device).is_ok_and(|key| held.contains(&key));
-            if !has && let Err(error) = self.put(device, keepsake) {
-                first = first.and(Err(error));
+            let has = held.iter().any(|held| held == device.id());
+            if !has {
+                first = first.and(self.client().and_then(|client| client.put(device, keepsake)));
             }
         }
         self.kept = kept;
         first
     }
-}
-
-fn key(device: &DeviceName) -> Result<DeviceKey, KeeperError> {
-    DeviceKey::new(device.id()).map_err(|source| KeeperError::Key { device: device.clone(), source })
 }

@@ -15,6 +15,7 @@
 //! # Failure paths
 //! A device that cannot be opened stays in the registry as UNAVAILABLE, with the reason, and is tried again.
 
+pub mod hardware;
 pub mod keeper;
 pub mod opening;
 mod slot;

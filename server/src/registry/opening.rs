@@ -143,8 +143,9 @@ impl Opener {
     ) -> Result<(), NotAdopted> {
         // To give a silent process up is to close its connection, by which it resets its device: not for the agent to decide.
         let access = Access { adopt_within: Duration::MAX, ..self.access(slot) };
-        let address = slot.address().clone();
-        let mut adopting = pin!(self.environment.blocking("adopt", move || address.adopt(keepsake, access)));
+        let (address, hardware) = (slot.address().clone(), Arc::clone(&self.environment.hardware));
+        let adopting = self.environment.blocking("adopt", move || hardware.adopt(&address, keepsake, access));
+        let mut adopting = pin!(adopting);
         let adopted = tokio::select! {
             biased;
             adopted = &mut adopting => adopted,
@@ -174,9 +175,10 @@ impl Opener {
 
     async fn open(&self, slot: &Arc<Slot>, before: Option<&DeviceRecord>) -> Result<(), Standing> {
         let (address, access) = (slot.address().clone(), self.access(slot));
+        let hardware = Arc::clone(&self.environment.hardware);
         let opened = self
             .environment
-            .blocking("open", move || address.open(access))
+            .blocking("open", move || hardware.open(&address, access))
             .await
             .map_err(|error| Standing::Unavailable(error.to_string()))?
             .map_err(|error| {

@@ -11,16 +11,16 @@ use tonic::{Extensions, Request, Response, Status, Streaming};
 use vfio_checkpoint_client::transfer::{Link, LinkError};
 use vfio_checkpoint_proto::digest::body_digest;
 use vfio_checkpoint_proto::domain::{RestoreSpec, SaveRequestSpec, StreamOpen, StreamRole, operation_name};
-use vfio_checkpoint_proto::ids::RequestId;
+use vfio_checkpoint_proto::ids::{KeyHash, RequestId};
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointService;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
-use vfio_checkpoint_proto::version::{VersionRange, negotiate};
+use vfio_checkpoint_proto::version::negotiate;
 
 use super::{Refusal, audit, caller, messages, open, own_entry, spec, stored, to_its_end};
 use crate::core::Core;
-use crate::operation::record::JobRecord;
-use crate::operation::{Entry, Refused, Starter};
+use crate::operation::record::{JobRecord, PeerRecord};
+use crate::operation::{Entry, Opener, Refused, Starter};
 use crate::security::authorize::Caller;
 use crate::security::peers::PeerInfo;
 use crate::security::roles::Role;
@@ -61,6 +61,17 @@ impl Checkpoints {
         let (role, fits) = match entry.fixed.job {
             JobRecord::Save { .. } => ("saver", caller.roles.contains(Role::Saver)),
             JobRecord::Restore { .. } => ("restorer", caller.roles.contains(Role::Restorer)),
+            JobRecord::Migrate { .. } => ("migrator", caller.roles.contains(Role::Migrator)),
+            // Its stream is its source's alone, whatever else somebody may do here.
+            JobRecord::Arrive { .. } => {
+                let source = entry.fixed.peer.as_ref();
+                let shown = PeerRecord::Source { key: KeyHash(caller.public_key_hash.0) };
+                return if source == Some(&shown) {
+                    Ok(())
+                } else {
+                    Err(Refusal::NotYours(entry.fixed.name.clone()))
+                };
+            }
         };
         if fits || caller.roles.contains(Role::Peer) || caller.roles.contains(Role::Admin) {
             Ok(())
@@ -77,6 +88,7 @@ impl Checkpoints {
         operation: &mut String,
     ) -> Result<mpsc::Receiver<v1::StreamMessage>, Refusal> {
         let first = tokio::select! {
+            biased;
             first = incoming.next() => first.transpose(),
             () = self.core.environment.sleep(OPEN_WITHIN) => {
                 let within = humantime::format_duration(OPEN_WITHIN);
@@ -97,6 +109,9 @@ impl Checkpoints {
         let (kind, role) = match entry.fixed.job {
             JobRecord::Save { .. } => ("save", StreamRole::Taker),
             JobRecord::Restore { .. } => ("restore", StreamRole::Giver),
+            // It has none here, which is told when it is asked for.
+            JobRecord::Migrate { .. } => ("migration", open.role),
+            JobRecord::Arrive { .. } => ("arrival", StreamRole::Giver),
         };
         if open.role != role {
             let role = match role {
@@ -105,7 +120,7 @@ impl Checkpoints {
             };
             return Err(Refusal::StreamRole { operation: name, kind, role });
         }
-        let version = negotiate(VersionRange::OURS, open.versions)
+        let version = negotiate(self.core.config.server.stream_versions(), open.versions)
             .map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
         let (outgoing, from_operation) = Link::outgoing_channel();
         let incoming = incoming.map(move |message| {
@@ -120,8 +135,19 @@ impl Checkpoints {
         });
         let link = Link::new(incoming, outgoing.clone());
         let terms = Agreement::Ours { version, max_chunk_bytes: open.max_chunk_bytes, outgoing };
-        let attached = Attached { link, terms };
-        entry.attach(attached).map_err(|refused| Refusal::Operation { operation: name, refused })?;
+        let attached = Attached { link, terms, opener: caller.identity.to_string() };
+        // An agent of version 1 knows of no resumption: to it every stream is a new one.
+        let resumed = open.resume.filter(|_| version.resumes());
+        let given = match resumed {
+            Some(stream) => {
+                let id = Opener { stream, identity: attached.opener.clone() };
+                entry.resume_stream(&id, attached)
+            }
+            None => entry.attach(attached).map(|()| None),
+        };
+        if let Some(telling) = given.map_err(|refused| Refusal::Operation { operation: name, refused })? {
+            self.core.tasks.spawn(telling);
+        }
         Ok(from_operation)
     }
 
@@ -142,7 +168,7 @@ impl Checkpoints {
 }
 
 /// Who starts an operation, by a request of this digest.
-fn starter(caller: &Caller, request_id: Option<RequestId>, digest: [u8; 32]) -> Starter {
+pub(super) fn starter(caller: &Caller, request_id: Option<RequestId>, digest: [u8; 32]) -> Starter {
     Starter {
         caller: caller.identity.to_string(),
         request: request_id.map(|id| (id, digest)),

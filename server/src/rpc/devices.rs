@@ -297,6 +297,7 @@ impl DeviceService for Devices {
                     }
                 }
                 tokio::select! {
+                    biased;
                     told = changes.changed() => if told.is_err() { return },
                     () = tell.closed() => return,
                 }

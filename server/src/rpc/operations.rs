@@ -91,6 +91,7 @@ impl OperationService for OperationsService {
             async { changes.wait_for(|view| view.end.is_some()).await.map(|_| ()).unwrap_or_default() };
         match timeout {
             Some(timeout) => tokio::select! {
+                biased;
                 () = done => {}
                 () = self.core.environment.sleep(timeout) => {}
             },

@@ -19,6 +19,7 @@ use vfio_checkpoint_proto::v1::ErrorReason;
 use vfio_checkpoint_store::StoreError;
 
 use crate::journal::JournalError;
+use crate::migration::TicketError;
 use crate::operation::Refused;
 use crate::operation::admission::Blocker;
 use crate::reason::error_info;
@@ -138,6 +139,9 @@ pub enum Refusal {
     /// The agent is ending.
     #[error("the agent is shutting down")]
     ShuttingDown,
+    /// A ticket.
+    #[error(transparent)]
+    Ticket(#[from] TicketError),
 }
 
 impl Refusal {
@@ -197,7 +201,8 @@ impl From<Refusal> for Status {
             | Refusal::Device { .. }
             | Refusal::RoleOfOperation { .. }
             | Refusal::Died
-            | Refusal::ShuttingDown => {}
+            | Refusal::ShuttingDown
+            | Refusal::Ticket(_) => {}
         }
         if code == Code::Unavailable {
             details.set_retry_info(Some(RETRY));
@@ -226,7 +231,14 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
                 Refused::NoHold => ErrorReason::NoHold,
                 Refused::NotHeld { .. } => ErrorReason::NotHeld,
                 Refused::StreamTaken => ErrorReason::StreamTaken,
+                Refused::OtherStream => ErrorReason::NoStreamToResume,
                 Refused::NoStream => ErrorReason::NoStream,
+                Refused::NotAMigration => ErrorReason::NotAMigration,
+                Refused::NotAskedFor => ErrorReason::NotAskedFor,
+                Refused::NotPrepared { .. } => ErrorReason::NotPrepared,
+                Refused::StaleEpoch => ErrorReason::StaleEpoch,
+                Refused::NotInDoubt { .. } => ErrorReason::NotInDoubt,
+                Refused::Unresolvable(_) => ErrorReason::Unresolvable,
             },
         ),
         Refusal::StoreNotFound(_) => (Code::NotFound, ErrorReason::StoreNotFound),
@@ -244,8 +256,13 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
         Refusal::Journal(_) => (Code::Unavailable, ErrorReason::JournalFailed),
         Refusal::Device { reason, .. } => (Code::FailedPrecondition, *reason),
         Refusal::RoleOfOperation { .. } => (Code::PermissionDenied, ErrorReason::RoleRequired),
-        Refusal::Died => (Code::Internal, ErrorReason::Defect),
+        Refusal::Died | Refusal::Ticket(TicketError::Random) => (Code::Internal, ErrorReason::Defect),
         Refusal::ShuttingDown => (Code::Unavailable, ErrorReason::ShuttingDown),
+        Refusal::Ticket(TicketError::Invalid) => (Code::FailedPrecondition, ErrorReason::TicketInvalid),
+        Refusal::Ticket(TicketError::Mismatch { .. }) => {
+            (Code::PermissionDenied, ErrorReason::TicketMismatch)
+        }
+        Refusal::Ticket(TicketError::Full) => (Code::Unavailable, ErrorReason::TooManyTickets),
     }
 }
 
@@ -293,7 +310,8 @@ fn metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::ResetUnknown
         | Refusal::Journal(_)
         | Refusal::Died
-        | Refusal::ShuttingDown => return HashMap::new(),
+        | Refusal::ShuttingDown
+        | Refusal::Ticket(_) => return HashMap::new(),
     };
     HashMap::from([(key.to_owned(), value)])
 }

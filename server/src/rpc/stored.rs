@@ -124,6 +124,7 @@ pub(super) async fn verify(core: &Core, name: &str) -> Result<Verification, Refu
             }
         };
         let verified = tokio::select! {
+            biased;
             verified = store.verify(id, progress) => verified,
             () = tell.closed() => return,
         };

@@ -1,9 +1,9 @@
-//! The way in: from a TCP connection to one whose peer is known.
+//! The way in: from a connection to one whose peer is known.
 //!
 //! ```text
-//!   TcpListener -> accept -> handshake task (bounded in number and time) -> PeerRegistry::register
-//!                                 |                                              |
-//!                                 +-- refused: one log line, socket closed       +-> TlsConnection -> Incoming
+//!   network::Listener -> accept -> handshake task (bounded in number and time) -> PeerRegistry::register
+//!                                      |                                              |
+//!                                      +-- refused: one log line, socket closed       +-> TlsConnection -> Incoming
 //! ```
 //!
 //! Invariants:
@@ -25,19 +25,20 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 use tracing::warn;
+use vfio_checkpoint_client::network::{self, BoxStream};
 use vfio_checkpoint_client::socket::{Socket, socket, write_in_large_steps};
 
 use super::peers::{ConnectionGuard, CutReason, PeerInfo, PeerRegistry, RefusedPeer};
@@ -133,7 +134,7 @@ impl AcceptCounters {
 /// The listening side.
 #[derive(Debug)]
 pub struct Listener {
-    tcp: TcpListener,
+    door: Box<dyn network::Listener>,
     source: TlsSource,
     registry: PeerRegistry,
     limits: AcceptLimits,
@@ -141,14 +142,19 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Takes over a bound socket.
-    pub fn new(tcp: TcpListener, source: TlsSource, registry: PeerRegistry, limits: AcceptLimits) -> Self {
-        Self { tcp, source, registry, limits, counters: Arc::default() }
+    /// Takes over who listens.
+    pub fn new(
+        door: Box<dyn network::Listener>,
+        source: TlsSource,
+        registry: PeerRegistry,
+        limits: AcceptLimits,
+    ) -> Self {
+        Self { door, source, registry, limits, counters: Arc::default() }
     }
 
     /// Where it listens.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.tcp.local_addr()
+        self.door.local_address()
     }
 
     /// What happens at the door.
@@ -179,13 +185,14 @@ impl Stream for Incoming {
 }
 
 async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
-    let Listener { tcp, source, registry, limits, counters } = listener;
+    let Listener { door, source, registry, limits, counters } = listener;
     let log = Arc::new(LogGate::default());
     let mut pending: VecDeque<AbortHandle> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
+            biased;
             () = ready.closed() => break,
-            accepted = tcp.accept() => accepted,
+            accepted = door.accept() => accepted,
         };
         let (stream, address) = match accepted {
             Ok(accepted) => accepted,
@@ -234,15 +241,14 @@ async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
 }
 
 async fn handshake(
-    tcp: TcpStream,
+    stream: BoxStream,
     address: SocketAddr,
     source: &TlsSource,
     registry: &PeerRegistry,
     timeout: Duration,
 ) -> Result<TlsConnection, HandshakeError> {
-    let socket = socket(tcp).map_err(|source| HandshakeError::Tls { source })?;
     let acceptor = TlsAcceptor::from(Arc::clone(&source.current().server));
-    let mut stream = tokio::time::timeout(timeout, acceptor.accept(socket))
+    let mut stream = tokio::time::timeout(timeout, acceptor.accept(socket(stream)))
         .await
         .map_err(|_elapsed| HandshakeError::TimedOut { timeout_ms: timeout.as_millis() })?
         .map_err(|source| HandshakeError::Tls { source })?;

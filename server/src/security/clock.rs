@@ -17,8 +17,10 @@ use futures_util::future::BoxFuture;
 use rustls::time_provider::TimeProvider;
 use rustls_pki_types::UnixTime;
 
+use crate::environment::Environment;
+
 /// How long a wait trusts the monotonic clock before it looks at the wall clock again.
-const RECHECK: Duration = Duration::from_secs(30);
+const RECHECK: Duration = Duration::from_secs(20);
 
 /// Wall time, and waiting for it.
 pub trait Clock: fmt::Debug + Send + Sync {
@@ -29,23 +31,23 @@ pub trait Clock: fmt::Debug + Send + Sync {
     fn wait_until(&self, at: UnixTime) -> BoxFuture<'_, ()>;
 }
 
-/// The clock of the system.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct SystemClock;
+/// The agent's own clock.
+#[derive(Debug, Clone)]
+pub struct EnvironmentClock(pub Environment);
 
-impl Clock for SystemClock {
+impl Clock for EnvironmentClock {
     fn now(&self) -> UnixTime {
-        UnixTime::now()
+        UnixTime::since_unix_epoch(Duration::from_millis(self.0.unix_now().0))
     }
 
     fn wait_until(&self, at: UnixTime) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             loop {
-                let left_secs = at.as_secs().saturating_sub(UnixTime::now().as_secs());
+                let left_secs = at.as_secs().saturating_sub(self.now().as_secs());
                 if left_secs == 0 {
                     return;
                 }
-                tokio::time::sleep(Duration::from_secs(left_secs).min(RECHECK)).await;
+                self.0.sleep(Duration::from_secs(left_secs).min(RECHECK)).await;
             }
         })
     }

@@ -190,7 +190,7 @@ pub enum TlsError {
     Reader {
         /// How.
         #[source]
-        source: tokio::task::JoinError,
+        source: io::Error,
     },
 }
 

@@ -47,6 +47,8 @@ const fn rule(path: &'static str, access: Access, effect: Effect) -> MethodRule 
 
 /// Whoever may look.
 const READERS: Access = AnyOf(&[Viewer, Saver, Restorer, Migrator, Admin]);
+/// Whoever may look, and other agents.
+const AGENTS: Access = AnyOf(&[Viewer, Saver, Restorer, Migrator, Peer, Admin]);
 /// Whoever needs to know which pages a device wrote.
 const DIRTY: Access = AnyOf(&[Saver, Migrator, Admin]);
 
@@ -61,7 +63,7 @@ pub const METHODS: &[MethodRule] = &[
     rule("/vfio.checkpoint.v1.DeviceService/ReportDirtyPages", DIRTY, Mutates),
     rule("/vfio.checkpoint.v1.DeviceService/StopDirtyTracking", DIRTY, Mutates),
     rule("/vfio.checkpoint.v1.CheckpointService/StartSave", AnyOf(&[Saver, Admin]), Mutates),
-    rule("/vfio.checkpoint.v1.CheckpointService/Cutover", AnyOf(&[Saver, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.CheckpointService/Cutover", AnyOf(&[Saver, Migrator, Admin]), Mutates),
     rule("/vfio.checkpoint.v1.CheckpointService/Restore", AnyOf(&[Restorer, Admin]), Mutates),
     rule("/vfio.checkpoint.v1.CheckpointService/Resume", AnyOf(&[Saver, Restorer, Admin]), Mutates),
     // Any stream's role here; whether it fits the operation is the handler's to check.
@@ -75,6 +77,17 @@ pub const METHODS: &[MethodRule] = &[
     // Of the caller's own making; that is the handler's to check.
     rule("/vfio.checkpoint.v1.CheckpointService/DeleteCheckpoint", AnyOf(&[Saver, Admin]), Mutates),
     rule("/vfio.checkpoint.v1.CheckpointService/VerifyCheckpoint", AnyOf(&[Saver, Restorer, Admin]), Reads),
+    rule("/vfio.checkpoint.v1.MigrationService/GetAgent", AGENTS, Reads),
+    rule("/vfio.checkpoint.v1.MigrationService/Admit", AnyOf(&[Migrator, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/Migrate", AnyOf(&[Migrator, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/Commit", AnyOf(&[Migrator, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/Ready", AnyOf(&[Migrator, Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/Resolve", AnyOf(&[Admin]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/Prepare", AnyOf(&[Peer]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/CommitHandover", AnyOf(&[Peer]), Mutates),
+    rule("/vfio.checkpoint.v1.MigrationService/AbandonHandover", AnyOf(&[Peer]), Mutates),
+    // What it changes, that the record may be forgotten, takes the secret of whoever prepared.
+    rule("/vfio.checkpoint.v1.MigrationService/GetHandover", AnyOf(&[Migrator, Peer, Admin]), Reads),
     rule("/vfio.checkpoint.v1.OperationService/GetOperation", READERS, Reads),
     rule("/vfio.checkpoint.v1.OperationService/ListOperations", READERS, Reads),
     rule("/vfio.checkpoint.v1.OperationService/WaitOperation", READERS, Reads),

@@ -22,7 +22,7 @@
 //! Failure paths: a full table refuses the newest; a poisoned lock is taken over, as every change under it is
 //! whole.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -146,7 +146,7 @@ impl Entry {
 #[derive(Default)]
 struct Table {
     next_id: u64,
-    entries: HashMap<u64, Entry>,
+    entries: BTreeMap<u64, Entry>,
 }
 
 struct Inner {
@@ -182,7 +182,7 @@ impl PeerRegistry {
     pub fn start(source: TlsSource, limits: PeerLimits) -> Self {
         let changed = Arc::new(Notify::new());
         let mut generations = source.generations();
-        let clock = Arc::clone(source.clock());
+        let (clock, environment) = (Arc::clone(source.clock()), source.environment().clone());
         let registry =
             Self(Arc::new(Inner { source, limits, table: Mutex::default(), changed: Arc::clone(&changed) }));
         let weak = Arc::downgrade(&registry.0);
@@ -194,6 +194,7 @@ impl PeerRegistry {
                     NextDeadline::RegistryGone => return,
                 };
                 tokio::select! {
+                    biased;
                     // The source lives in the registry, so an error here means that the registry is gone.
                     reloaded = generations.changed() => if reloaded.is_err() { return },
                     () = changed.notified() => continue,
@@ -201,9 +202,10 @@ impl PeerRegistry {
                 }
                 let Some(inner) = weak.upgrade() else { return };
                 // Signatures are checked: not on a thread that serves connections.
-                if let Err(died) = tokio::task::spawn_blocking(move || PeerRegistry(inner).enforce()).await {
+                let enforcing = environment.blocking("enforce", move || PeerRegistry(inner).enforce());
+                if let Err(died) = enforcing.await {
                     error!(error = %died, "verifying the live connections again failed; it is tried again");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    environment.sleep(Duration::from_secs(1)).await;
                     changed.notify_one();
                 }
             }

@@ -27,6 +27,7 @@ use super::clock::Clock;
 use super::files::{Fingerprint, TlsBytes, TlsError, TlsFiles};
 use super::server_identity::ServerExpectation;
 use super::tls::TlsMaterial;
+use crate::environment::Environment;
 
 /// How often files are compared unless configured otherwise.
 pub const DEFAULT_RELOAD_INTERVAL: Duration = Duration::from_secs(30);
@@ -65,6 +66,7 @@ pub enum Reloaded {
 struct Inner {
     files: TlsFiles,
     clock: Arc<dyn Clock>,
+    environment: Environment,
     current: RwLock<Arc<TlsSet>>,
     generation: watch::Sender<Generation>,
     reloading: Mutex<()>,
@@ -81,14 +83,16 @@ impl fmt::Debug for TlsSource {
 }
 
 impl TlsSource {
-    /// Reads the first set. Blocks on the files: called at start.
-    pub fn load(files: TlsFiles, clock: Arc<dyn Clock>) -> Result<Self, TlsError> {
+    /// Reads the first set. Blocks on the files: called at start. Certificates are held against `clock`; files are read,
+    /// and signatures checked, where `environment` has what blocks.
+    pub fn load(files: TlsFiles, clock: Arc<dyn Clock>, environment: Environment) -> Result<Self, TlsError> {
         let bytes = TlsBytes::read(&files)?;
         let set = check(&files, &bytes, Generation(1), &clock)?;
         warn_of_gaps(&set.material);
         Ok(Self(Arc::new(Inner {
             files,
             clock,
+            environment,
             generation: watch::Sender::new(set.generation),
             current: RwLock::new(Arc::new(set)),
             reloading: Mutex::new(()),
@@ -103,6 +107,11 @@ impl TlsSource {
     /// The clock that certificates are held against.
     pub fn clock(&self) -> &Arc<dyn Clock> {
         &self.0.clock
+    }
+
+    /// Where what blocks is done.
+    pub(super) fn environment(&self) -> &Environment {
+        &self.0.environment
     }
 
     /// Follows the accepted sets.
@@ -120,9 +129,8 @@ impl TlsSource {
     pub async fn reload(&self) -> Result<Reloaded, TlsError> {
         let _one_at_a_time = self.0.reloading.lock().await;
         let this = self.clone();
-        let outcome = tokio::task::spawn_blocking(move || this.read_and_swap())
-            .await
-            .map_err(|source| TlsError::Reader { source })?;
+        let reading = self.0.environment.blocking("tls-reload", move || this.read_and_swap());
+        let outcome = reading.await.map_err(|source| TlsError::Reader { source })?;
         match &outcome {
             Ok(Reloaded::Unchanged(_)) => {
                 if self.0.clock.now() > self.current().material.own_not_after() {

@@ -142,6 +142,7 @@ pub async fn pay(core: &Core) {
             continue;
         }
         tokio::select! {
+            biased;
             () = changed => {}
             () = core.environment.sleep(pause) => {}
         }

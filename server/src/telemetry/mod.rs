@@ -23,6 +23,7 @@ use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
+use vfio_checkpoint_client::call::TraceParent;
 
 pub use propagation::TraceLayer;
 
@@ -82,6 +83,17 @@ where
 /// The trace that the current span belongs to, as 32 hexadecimal digits, where there is one.
 pub fn current_trace_id() -> Option<String> {
     trace_id_of(&tracing::Span::current())
+}
+
+/// The current span as its own parent elsewhere: what another agent does for it is part of the same trace.
+pub fn current_trace_parent() -> Option<TraceParent> {
+    let context = tracing::Span::current().context();
+    let span = context.span().span_context().clone();
+    if !span.is_valid() {
+        return None;
+    }
+    let (trace, id, flags) = (span.trace_id(), span.span_id(), span.trace_flags().to_u8());
+    format!("00-{trace}-{id}-{flags:02x}").parse().ok()
 }
 
 fn trace_id_of(span: &tracing::Span) -> Option<String> {

@@ -4,11 +4,13 @@
 //!   save:     device::operation --chunk, seal--> WireSink --> Giver --frames--> stream
 //!   restore:  stream --frames--> Taker --verified chunks, seals--> WireSource --> device::operation
 //! ```
+//! A giver of version 2 whose connection broke comes back: see `relink` and `source`.
 //! With a store of the agent in place of the stream it is `StoreSink` and `StoreSource`.
 //!
 //! Nothing here knows gRPC: a stream is a link of messages, as the client library has it, and a peer agent's is the
 //! same. Nothing here holds more than a few chunks.
 
+mod relink;
 mod sink;
 mod source;
 mod store;
@@ -17,7 +19,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
-use vfio_checkpoint_client::transfer::{Dialed, Link, Terms, TransferError};
+use vfio_checkpoint_client::transfer::{Dialed, Link, Taker, Terms, TransferError};
 use vfio_checkpoint_device::{ConfigCapture, InterruptKind, PciCommand, Rearm};
 use vfio_checkpoint_proto::domain::{
     self, ArmedInterrupts, ConfigSpaceCapture, Manifest, StreamLimits, StreamOpened,
@@ -31,11 +33,15 @@ use vfio_checkpoint_proto::version::Version;
 use vfio_checkpoint_seal::SealMismatch;
 use vfio_checkpoint_store::StoreError;
 
+pub use relink::{Completed, Relinks};
 pub use sink::{SinkWatch, WireSink};
+use source::Comeback;
 pub use source::WireSource;
 pub use store::{LeftBehind, StoreSink, StoreSource};
 
 use crate::config::AgentConfig;
+use crate::core::Core;
+use crate::operation::{Entry, Opener};
 
 /// How much may be under way before the taker says that it has it. Coarse: it serves progress.
 const ACK_INTERVAL_BYTES: u64 = 8 << 20;
@@ -47,6 +53,8 @@ pub struct Attached {
     pub link: Link,
     /// Who says what may be sent.
     pub terms: Agreement,
+    /// The identity of the caller that opened it. Empty of a stream that this agent opened.
+    pub opener: String,
 }
 
 /// Who says what may be sent on a stream: whoever was called.
@@ -69,33 +77,71 @@ impl Attached {
     /// The stream of a peer that this agent called.
     pub fn dialed(dialed: Dialed) -> Self {
         let Dialed { opened, link } = dialed;
-        let StreamOpened { version: _, stream_id, manifest, limits } = opened;
-        let terms = Terms { stream: stream_id, devices: manifest.devices.len(), limits };
-        Self { link, terms: Agreement::Theirs(terms) }
+        Self { link, terms: Agreement::Theirs(Terms::of(&opened)), opener: String::new() }
     }
 
     /// Agrees on the terms of a stream with these devices; a caller gets its answer.
     pub async fn open(self, config: &AgentConfig, stream: StreamId, manifest: Manifest) -> (Link, Terms) {
-        let Self { link, terms } = self;
-        let (version, max_chunk_bytes, outgoing) = match terms {
+        let Self { link, terms, opener: _ } = self;
+        let terms = match terms {
             Agreement::Theirs(terms) => return (link, terms),
-            Agreement::Ours { version, max_chunk_bytes, outgoing } => (version, max_chunk_bytes, outgoing),
+            Agreement::Ours { version, max_chunk_bytes, outgoing } => {
+                let opened = answer(config, version, max_chunk_bytes, stream, manifest);
+                let terms = Terms::of(&opened);
+                let message = StreamMessage { kind: Some(Kind::Opened(opened.into())) };
+                // Where the caller is gone already, the first use of the link finds out.
+                let _ = outgoing.send(message).await;
+                terms
+            }
         };
-        let ours = config.limits.max_chunk_bytes;
-        let limits = StreamLimits {
-            max_chunk_bytes: max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
-            max_device_bytes: config.limits.max_device_bytes,
-            idle_timeout: config.server.stream_idle_timeout,
-            lifetime: config.server.stream_lifetime,
-            ack_interval_bytes: ACK_INTERVAL_BYTES,
-        };
-        let devices = manifest.devices.len();
-        let opened = StreamOpened { version, stream_id: stream, manifest, limits };
-        let message = StreamMessage { kind: Some(Kind::Opened(opened.into())) };
-        // Where the caller is gone already, the first use of the link finds out.
-        let _ = outgoing.send(message).await;
-        (link, Terms { stream, devices, limits })
+        (link, terms)
     }
+
+    /// The same for the state of a restore, whose giver may come back where it speaks a version that has it.
+    pub async fn source(
+        self,
+        core: &Core,
+        stream: StreamId,
+        manifest: Manifest,
+        entry: &Arc<Entry>,
+    ) -> WireSource {
+        let config = &core.config;
+        let (version, max_chunk_bytes) = match &self.terms {
+            Agreement::Ours { version, max_chunk_bytes, .. } if version.resumes() => {
+                (*version, *max_chunk_bytes)
+            }
+            Agreement::Ours { .. } | Agreement::Theirs(_) => {
+                let (link, terms) = self.open(config, stream, manifest).await;
+                return WireSource::new(Taker::new(link, terms), Arc::clone(entry));
+            }
+        };
+        let opened = answer(config, version, max_chunk_bytes, stream, manifest.clone());
+        // Before the answer: whoever has that may come back.
+        let reserved = entry.reserve(Opener { stream, identity: self.opener.clone() });
+        let (link, terms) = self.open(config, stream, manifest).await;
+        let comeback =
+            Comeback::new(reserved, opened, core.environment.clone(), config.server.stream_resume_window);
+        WireSource::resumable(Taker::new(link, terms), Arc::clone(entry), comeback)
+    }
+}
+
+/// What a caller is told of a stream that is new.
+fn answer(
+    config: &AgentConfig,
+    version: Version,
+    max_chunk_bytes: Option<u32>,
+    stream_id: StreamId,
+    manifest: Manifest,
+) -> StreamOpened {
+    let ours = config.limits.max_chunk_bytes;
+    let limits = StreamLimits {
+        max_chunk_bytes: max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
+        max_device_bytes: config.limits.max_device_bytes,
+        idle_timeout: config.server.stream_idle_timeout,
+        lifetime: config.server.stream_lifetime,
+        ack_interval_bytes: ACK_INTERVAL_BYTES,
+    };
+    StreamOpened { version, stream_id, manifest, limits, next_sequence: 0 }
 }
 
 /// A failure of a stream that more than one has to hear of.
@@ -131,7 +177,9 @@ pub fn reason(error: &(dyn std::error::Error + 'static)) -> Option<FailureReason
     }
     let shared = error.downcast_ref::<Shared>().map(|shared| &*shared.0);
     Some(match shared.or_else(|| error.downcast_ref::<TransferError>())? {
-        TransferError::Broken(_) => FailureReason::StreamBroken,
+        // A giver that cannot keep what it may have to send again cannot go on with its stream.
+        TransferError::Broken(_) | TransferError::Spool(_) => FailureReason::StreamBroken,
+        TransferError::NotResumed { broke, .. } => return reason(&**broke),
         TransferError::AbortedByPeer(_) => FailureReason::AbortedByPeer,
         TransferError::Changed { .. }
         | TransferError::Protocol(ProtocolError::Frame(

@@ -8,6 +8,9 @@
 //! The pump is a task of its own, because the stream has to be listened to also while the operation waits for its caller:
 //! a taker that is gone must not leave the devices waiting for their cutover, and a taker with nothing to read has to
 //! hear that the agent is still there.
+//!
+//! With a giver that is `resumable` a connection that breaks is no more to the operation than a taker that is slow: what is
+//! given goes into the giver's spool while it dials. Only what it cannot mend is told as broken.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +18,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::pending;
 use tokio::sync::{mpsc, oneshot, watch};
-use vfio_checkpoint_client::transfer::{CutoverSignal, Giver, TransferError};
+use vfio_checkpoint_client::transfer::{CutoverSignal, Giver, Resent, TransferError};
 use vfio_checkpoint_device::ConfigCapture;
 use vfio_checkpoint_device::operation::{BoxError, StateSink};
 use vfio_checkpoint_proto::domain::Progress;
@@ -41,6 +44,7 @@ pub struct WireSink {
 pub struct SinkWatch {
     broken: watch::Receiver<Option<Shared>>,
     cutover: CutoverSignal,
+    resent: Resent,
 }
 
 #[derive(Debug)]
@@ -64,7 +68,7 @@ impl WireSink {
         let (commands, queue) = mpsc::channel(1);
         let (give_up, ending) = mpsc::channel(1);
         let (tell, broken) = watch::channel(None);
-        let watch = SinkWatch { broken, cutover: giver.cutover_signal() };
+        let watch = SinkWatch { broken, cutover: giver.cutover_signal(), resent: giver.resent() };
         let pump = Pump {
             giver,
             entry: Arc::clone(&entry),
@@ -115,6 +119,11 @@ impl SinkWatch {
             Ok(Some(why)) => why,
             Ok(None) | Err(_) => pending().await,
         }
+    }
+
+    /// Bytes of state that went more than once, because the connection broke.
+    pub fn resent_bytes(&self) -> u64 {
+        self.resent.bytes()
     }
 
     /// Ready once the taker has said Cutover.
@@ -201,8 +210,12 @@ impl Pump {
                     | TransferError::Idle(_)
                     | TransferError::NotSealed(_)
                     | TransferError::Changed { .. }
+                    | TransferError::Spool(_)
                     | TransferError::Lifetime(_) => true,
-                    TransferError::Broken(_) | TransferError::AbortedByPeer(_) => false,
+                    // A giver that was dialing again has no connection to say anything on.
+                    TransferError::Broken(_)
+                    | TransferError::AbortedByPeer(_)
+                    | TransferError::NotResumed { .. } => false,
                 };
                 let reason = error.to_string();
                 // The operation first: its devices must not wait for a taker that does not listen.

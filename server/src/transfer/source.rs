@@ -1,36 +1,168 @@
 //! State to restore, off the stream.
+//!
+//! ```text
+//!   stream --frames--> Taker --verified chunks, seals--> device::operation
+//!     broken: wait for the giver -- Relinks: the same stream over another connection --> reattach, and go on
+//!                                -- the window is over --> the error that broke it
+//! ```
+//! Invariants: the latest connection of a stream is the one that counts, also where the one before seems to be well: its
+//! giver knows better. Whoever says that all is taken says it to a connection, and says it again to whoever comes back.
+//!
+//! Failure paths: those of [`Taker`]; a connection that broke is one of them only once nobody has come back in time.
 
+#[cfg(test)]
+mod tests;
+
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
-use vfio_checkpoint_client::transfer::Taker;
+use vfio_checkpoint_client::transfer::{Taker, TransferError};
 use vfio_checkpoint_device::Rearm;
 use vfio_checkpoint_device::operation::{Arrival, BoxError, StateSource};
+use vfio_checkpoint_proto::domain::StreamOpened;
 use vfio_checkpoint_proto::frame::Accepted;
 
-use super::capture_from_wire;
+use super::relink::{self, Completed};
+use super::{Attached, capture_from_wire};
+use crate::environment::Environment;
 use crate::failpoint::reached;
-use crate::operation::Entry;
+use crate::operation::{Entry, Reserved};
 
 /// Gives the state that comes on an operation's stream.
 #[derive(Debug)]
 pub struct WireSource {
     taker: Taker,
     entry: Arc<Entry>,
+    /// Of a stream whose giver may come back.
+    comeback: Option<Comeback>,
     /// The giver was told that all is here, and is gone.
     is_complete: bool,
 }
 
+/// How a giver comes back.
+#[derive(Debug)]
+pub(super) struct Comeback {
+    reserved: Reserved,
+    /// What it was told at first.
+    opened: StreamOpened,
+    environment: Environment,
+    window: Duration,
+}
+
+impl Comeback {
+    pub(super) fn new(
+        reserved: Reserved,
+        opened: StreamOpened,
+        environment: Environment,
+        window: Duration,
+    ) -> Self {
+        Self { reserved, opened, environment, window }
+    }
+
+    /// Goes on with another connection of the stream. One that is gone before it was answered changes nothing, and false
+    /// is returned.
+    async fn go_on(&self, taker: &mut Taker, attached: Attached) -> Result<bool, TransferError> {
+        let next_sequence = taker.taken_frames();
+        let Some(link) = relink::answer(attached, self.opened.clone(), next_sequence).await else {
+            return Ok(false);
+        };
+        taker.reattach(link)?;
+        tracing::info!(stream = %self.opened.stream_id, next_sequence, "the giver has come back");
+        Ok(true)
+    }
+
+    /// All is taken, and was said. A giver that did not hear it may find out that its connection broke, and come back, for
+    /// some time; after that nobody asks any more.
+    async fn complete(&self, taken_frames: u64) {
+        let completed = Completed::new(self.opened.clone(), taken_frames);
+        let late = self.reserved.complete(completed);
+        let (environment, forgetting) = (self.environment.clone(), self.reserved.forgetting());
+        let patience = self.opened.limits.idle_timeout.saturating_add(self.window);
+        tokio::spawn(async move {
+            environment.sleep(patience).await;
+            forgetting.forget();
+        });
+        if let Some(telling) = late {
+            telling.await;
+        }
+    }
+}
+
+/// The next connection, where there can be one.
+async fn relinked(comeback: Option<&Comeback>) -> Attached {
+    match comeback {
+        Some(comeback) => comeback.reserved.relinks.next().await,
+        None => std::future::pending().await,
+    }
+}
+
 impl WireSource {
-    /// A source for the operation `entry`.
+    /// A source for the operation `entry`, whose giver does not come back.
     pub fn new(taker: Taker, entry: Arc<Entry>) -> Self {
-        Self { taker, entry, is_complete: false }
+        Self { taker, entry, comeback: None, is_complete: false }
+    }
+
+    pub(super) fn resumable(taker: Taker, entry: Arc<Entry>, comeback: Comeback) -> Self {
+        Self { taker, entry, comeback: Some(comeback), is_complete: false }
+    }
+
+    /// What is next on whatever connection there is.
+    async fn accepted(&mut self) -> Result<Option<Accepted>, TransferError> {
+        loop {
+            tokio::select! {
+                biased;
+                attached = relinked(self.comeback.as_ref()) => self.go_on(attached).await?,
+                accepted = self.taker.next() => match accepted {
+                    Err(error) => self.wait_after(error).await?,
+                    Ok(accepted) => return Ok(accepted),
+                },
+            }
+        }
+    }
+
+    async fn go_on(&mut self, attached: Attached) -> Result<(), TransferError> {
+        if let Some(comeback) = &self.comeback {
+            comeback.go_on(&mut self.taker, attached).await?;
+        }
+        Ok(())
+    }
+
+    /// The connection broke: waits for the giver, where it may come back, for as long as the window. Otherwise that is the
+    /// end of it.
+    async fn wait_after(&mut self, error: TransferError) -> Result<(), TransferError> {
+        let Some(comeback) = self.comeback.as_ref().filter(|_| error.is_break()) else { return Err(error) };
+        tracing::warn!(stream = %comeback.opened.stream_id, error = %error, "the stream broke; its giver may come back");
+        let mut over = pin!(comeback.environment.sleep(comeback.window));
+        loop {
+            let attached = tokio::select! {
+                biased;
+                attached = comeback.reserved.relinks.next() => attached,
+                () = &mut over => return Err(error),
+            };
+            if comeback.go_on(&mut self.taker, attached).await? {
+                return Ok(());
+            }
+        }
     }
 
     /// Tells the giver that all is taken, once.
     async fn complete(&mut self) -> Result<(), BoxError> {
-        if !self.is_complete {
-            self.taker.complete().await?;
-            self.is_complete = true;
+        if self.is_complete {
+            return Ok(());
+        }
+        while !self.is_complete {
+            tokio::select! {
+                biased;
+                attached = relinked(self.comeback.as_ref()) => self.go_on(attached).await?,
+                completed = self.taker.complete() => match completed {
+                    Err(error) => self.wait_after(error).await?,
+                    Ok(()) => self.is_complete = true,
+                },
+            }
+        }
+        if let Some(comeback) = &self.comeback {
+            comeback.complete(self.taker.taken_frames()).await;
         }
         Ok(())
     }
@@ -44,7 +176,7 @@ impl WireSource {
 impl StateSource for WireSource {
     async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
         loop {
-            return Ok(match self.taker.next().await? {
+            return Ok(match self.accepted().await? {
                 None => None,
                 Some(Accepted::Chunk { device, chunk }) => {
                     reached(format_args!("chunk"));

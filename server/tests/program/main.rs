@@ -40,7 +40,7 @@ fn the_demo_tells_people_the_same() {
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(
-        text.trim_end().ends_with("verified: the device on node-b holds what the one on node-a held."),
+        text.trim_end().ends_with("verified: the devices on node-b hold what those on node-a held."),
         "{text}"
     );
 }

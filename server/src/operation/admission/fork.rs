@@ -22,7 +22,6 @@ use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::Blocker;
 use crate::operation::Entry;
-use crate::operation::record::JobRecord;
 use crate::registry::DeviceView;
 
 /// Where logical devices are on this agent, and whether they stand still there.
@@ -60,7 +59,7 @@ impl Whereabouts {
     /// And of what is on its way into a device: it runs there as soon as it is whole.
     #[must_use]
     pub fn and_arriving(mut self, operations: &[Arc<Entry>]) -> Self {
-        let restores = operations.iter().filter(|entry| matches!(entry.fixed.job, JobRecord::Restore { .. }));
+        let restores = operations.iter().filter(|entry| !entry.fixed.job.gives());
         for device in restores.flat_map(|entry| &entry.fixed.devices) {
             self.here.entry(device.logical.clone()).or_default().push((device.device.clone(), false));
         }

@@ -1,9 +1,12 @@
-//! Why an operation is undone, and why something cannot be said to it.
+//! What can be said to an operation, why it is undone, and why something cannot be said to it now.
 
 use std::fmt;
 use std::time::Duration;
 
-use super::Phase;
+use vfio_checkpoint_fsm::handover::Unresolvable;
+
+use super::{Entry, Phase};
+use crate::operation::record::{AfterRecord, JobRecord};
 
 /// Why an operation is undone.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +21,11 @@ pub enum Cancel {
         /// How long it was waited for.
         after: Duration,
     },
+    /// The source of an arrival has given up.
+    Abandoned {
+        /// What it said.
+        reason: String,
+    },
     /// The agent ends.
     ShuttingDown,
 }
@@ -29,6 +37,7 @@ impl fmt::Display for Cancel {
             Self::NoStream { after } => {
                 write!(f, "nobody opened its stream within {}", humantime::format_duration(*after))
             }
+            Self::Abandoned { reason } => write!(f, "the source gave it up: {reason}"),
             Self::ShuttingDown => f.write_str("the agent is shutting down"),
         }
     }
@@ -64,7 +73,160 @@ pub enum Refused {
     /// Its stream is open, or was.
     #[error("its stream is open already, or was; start another operation")]
     StreamTaken,
+    /// There is no such stream to resume.
+    #[error(
+        "it has no such stream to resume: it has another, or was opened by another identity or with version 1"
+    )]
+    OtherStream,
     /// It has none.
-    #[error("its state goes to a store, or comes from one, so it has no stream; watch the operation instead")]
+    #[error(
+        "its state goes to a store or another agent, or comes from a store, so it has no stream; watch the operation instead"
+    )]
     NoStream,
+    /// It is of another kind.
+    #[error("it moves no devices from node to node in the way that this is about")]
+    NotAMigration,
+    /// It goes on by itself.
+    #[error("it was not started so that anybody has to say this; it goes on by itself")]
+    NotAskedFor,
+    /// The destination has not all state yet.
+    #[error("the destination has not all state yet, it is in phase {phase:?}; watch it until it is PREPARED")]
+    NotPrepared {
+        /// Where it is.
+        phase: Phase,
+    },
+    /// Another epoch.
+    #[error("the epochs are not those that Prepare answered")]
+    StaleEpoch,
+    /// Not in doubt.
+    #[error("it is not in doubt, it is in phase {phase:?}; there is nothing to resolve")]
+    NotInDoubt {
+        /// Where it is.
+        phase: Phase,
+    },
+    /// No evidence.
+    #[error("{0}")]
+    Unresolvable(Unresolvable),
+}
+
+impl Entry {
+    /// Says Cutover.
+    pub fn cutover(&self) -> Result<(), Refused> {
+        if !self.is_manual() {
+            return Err(Refused::NotManual);
+        }
+        let view = self.view();
+        if view.end.is_some() {
+            return Err(Refused::Over);
+        }
+        // Also where its task has not come to it yet: what was undone first is not cut over.
+        if view.phase == Phase::Unwinding || self.signals.cancel_reason().is_some() {
+            return Err(Refused::Undone);
+        }
+        self.signals.say_cutover();
+        Ok(())
+    }
+
+    /// Says Resume.
+    pub fn resume(&self) -> Result<(), Refused> {
+        match self.fixed.job {
+            JobRecord::Save { after: AfterRecord::Hold, .. } | JobRecord::Restore { hold: true, .. } => {}
+            JobRecord::Save { after: AfterRecord::Resume | AfterRecord::StayStopped, .. }
+            | JobRecord::Restore { hold: false, .. }
+            | JobRecord::Migrate { .. }
+            | JobRecord::Arrive { .. } => return Err(Refused::NoHold),
+        }
+        let view = self.view();
+        match view.phase {
+            Phase::Held if self.signals.cancel_reason().is_some() => Err(Refused::Undone),
+            Phase::Held => {
+                self.signals.say_resume();
+                Ok(())
+            }
+            // Said again while it has its effect. A hold that ran out ends without it, and is worth less.
+            Phase::Resuming if self.signals.is_resumed() => Ok(()),
+            Phase::Done => Err(Refused::Over),
+            Phase::Resuming
+            | Phase::WaitingForStream
+            | Phase::Preparing
+            | Phase::PreCopy
+            | Phase::WaitingForCutover
+            | Phase::Stopping
+            | Phase::StopCopy
+            | Phase::Sealing
+            | Phase::Marking
+            | Phase::Loading
+            | Phase::Verifying
+            | Phase::Prepared
+            | Phase::Committing
+            | Phase::LettingGo
+            | Phase::Unwinding => Err(Refused::NotHeld { phase: view.phase }),
+        }
+    }
+
+    /// Says Commit.
+    pub fn commit(&self) -> Result<(), Refused> {
+        match self.fixed.job {
+            JobRecord::Migrate { manual_commit: true, .. } => {}
+            JobRecord::Migrate { manual_commit: false, .. } => return Err(Refused::NotAskedFor),
+            JobRecord::Save { .. } | JobRecord::Restore { .. } | JobRecord::Arrive { .. } => {
+                return Err(Refused::NotAMigration);
+            }
+        }
+        let view = self.view();
+        match view.phase {
+            Phase::Prepared if self.signals.cancel_reason().is_some() => Err(Refused::Undone),
+            Phase::Prepared | Phase::Committing | Phase::LettingGo => {
+                self.signals.say_commit();
+                Ok(())
+            }
+            Phase::Done => Err(Refused::Over),
+            Phase::Unwinding => Err(Refused::Undone),
+            Phase::WaitingForStream
+            | Phase::Preparing
+            | Phase::PreCopy
+            | Phase::WaitingForCutover
+            | Phase::Stopping
+            | Phase::StopCopy
+            | Phase::Sealing
+            | Phase::Held
+            | Phase::Marking
+            | Phase::Loading
+            | Phase::Verifying
+            | Phase::Resuming => Err(Refused::NotPrepared { phase: view.phase }),
+        }
+    }
+
+    /// Says Ready. It may be said before it is waited for.
+    pub fn ready(&self) -> Result<(), Refused> {
+        match self.fixed.job {
+            JobRecord::Arrive { require_ready: true, .. } => {}
+            JobRecord::Arrive { require_ready: false, .. } => return Err(Refused::NotAskedFor),
+            JobRecord::Save { .. } | JobRecord::Restore { .. } | JobRecord::Migrate { .. } => {
+                return Err(Refused::NotAMigration);
+            }
+        }
+        let view = self.view();
+        if view.end.is_some() {
+            return Err(Refused::Over);
+        }
+        if view.phase == Phase::Unwinding || self.signals.cancel_reason().is_some() {
+            return Err(Refused::Undone);
+        }
+        self.signals.say_ready();
+        Ok(())
+    }
+
+    /// Says Cancel. An operation that is being undone already takes it as said again.
+    pub fn cancel(&self, why: Cancel) -> Result<(), Refused> {
+        let view = self.view();
+        if view.end.is_some() {
+            return Err(Refused::Over);
+        }
+        if !view.cancellable && view.phase != Phase::Unwinding {
+            return Err(Refused::PastNoReturn { phase: view.phase });
+        }
+        self.signals.say_cancel(why);
+        Ok(())
+    }
 }

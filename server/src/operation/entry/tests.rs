@@ -1,4 +1,5 @@
 use super::*;
+use crate::operation::record::AfterRecord;
 
 fn entry(job: JobRecord) -> Entry {
     let fixed = Fixed {
@@ -11,8 +12,9 @@ fn entry(job: JobRecord) -> Entry {
         created: UnixMillis(0),
         trace_id: None,
         checkpoint: None,
+        peer: None,
     };
-    Entry::new(fixed, UnixMillis(1)).0
+    Entry::new(fixed, None, UnixMillis(1)).0
 }
 
 fn save(manual_cutover: bool, after: AfterRecord) -> Entry {

@@ -15,7 +15,7 @@ async fn core(folder: &tempfile::TempDir) -> Arc<Core> {
         path: None,
         owner_pod: String::new(),
     }];
-    boot(Arc::new(config), Environment::production()).await.unwrap()
+    boot(Arc::new(config), Environment::production(), None).await.unwrap()
 }
 
 async fn admit(core: &Arc<Core>, found: &Found) -> Result<(Arc<Entry>, Lease, run::Arrival), Refusal> {
@@ -29,7 +29,7 @@ async fn admit(core: &Arc<Core>, found: &Found) -> Result<(Arc<Entry>, Lease, ru
     let record = view.record.clone().unwrap();
     let devices = vec![(view.name.clone(), record.logical, record.epoch)];
     let starter = Starter { caller: "somebody".to_owned(), request: None, trace_id: None };
-    let asked = Asked { job, devices, owner_pod: String::new(), kept: None };
+    let asked = Asked { job, devices, owner_pod: String::new(), kept: None, handover: None };
     core.admit(found, Vec::new(), asked, starter).await
 }
 

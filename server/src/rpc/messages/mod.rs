@@ -3,10 +3,13 @@
 
 mod checkpoint;
 mod device;
+mod migration;
 mod operation;
 
 pub(super) use checkpoint::checkpoint;
 pub(super) use device::{blocker, data_size, device};
+use migration::verdict;
+pub(super) use migration::{handover_record, migration_blocker, migration_prediction};
 pub(crate) use operation::phase;
 pub(super) use operation::{operation, operation_at, prediction};
 

@@ -6,9 +6,9 @@ use vfio_checkpoint_seal::Seal;
 use super::{data_size, duration};
 use crate::operation::admission::Prediction;
 use crate::operation::record::{
-    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, JobRecord, OperationDeviceRecord,
+    AfterRecord, Consistency, EndOutcome, EndRecord, EndResult, JobRecord, OperationDeviceRecord, PeerRecord,
 };
-use crate::operation::{Entry, Live, Phase, View};
+use crate::operation::{Entry, Handover, Live, Phase, View};
 
 /// An operation as it is.
 pub(in crate::rpc) fn operation(entry: &Entry) -> v1::Operation {
@@ -59,6 +59,7 @@ pub(in crate::rpc) fn operation_at(entry: &Entry, view: &View) -> v1::Operation 
         revision: view.revision,
         trace_id: fixed.trace_id.clone().unwrap_or_default(),
         checkpoint: fixed.checkpoint.as_ref().map(ToString::to_string).unwrap_or_default(),
+        handover: view.handover.as_ref().map(|known| handover(entry, known)),
     }
 }
 
@@ -81,8 +82,37 @@ fn device(fixed: &OperationDeviceRecord, live: &Live, end: Option<&EndRecord>) -
     }
 }
 
+/// The other side of a migration or an arrival.
+fn handover(entry: &Entry, handover: &Handover) -> v1::Handover {
+    let record = &handover.record;
+    let peer = match &record.peer {
+        PeerRecord::Destination { endpoint, .. } => endpoint.clone(),
+        PeerRecord::Source { .. } => entry.fixed.caller.clone(),
+    };
+    v1::Handover {
+        peer,
+        peer_operation: record.operation.as_ref().map(ToString::to_string).unwrap_or_default(),
+        stop_time: record.stopped.map(crate::environment::UnixMillis::timestamp),
+        prepare_time: record.prepared.map(crate::environment::UnixMillis::timestamp),
+        // That of an arrival is told once it is on record.
+        verdict: record
+            .verdict
+            .filter(|_| entry.fixed.job.gives() || entry.is_done())
+            .map_or(v1::HandoverVerdict::Unspecified, |verdict| super::verdict(verdict.into()))
+            .into(),
+        in_doubt: handover.in_doubt,
+        doubt: handover.doubt.clone(),
+        resent_bytes: record.resent_bytes,
+        reconnects: record.reconnects,
+        resolution: record.resolution.as_ref().map(ToString::to_string).unwrap_or_default(),
+        awaits_ready: handover.awaits_ready,
+    }
+}
+
 fn kind(job: JobRecord) -> v1::OperationKind {
     match job {
+        JobRecord::Migrate { .. } => v1::OperationKind::Migration,
+        JobRecord::Arrive { .. } => v1::OperationKind::Arrival,
         JobRecord::Save { .. } => v1::OperationKind::Save,
         JobRecord::Restore { .. } => v1::OperationKind::Restore,
     }
@@ -103,6 +133,9 @@ pub(crate) fn phase(phase: Phase) -> v1::OperationPhase {
         Phase::Loading => v1::OperationPhase::Loading,
         Phase::Verifying => v1::OperationPhase::Verifying,
         Phase::Resuming => v1::OperationPhase::Resuming,
+        Phase::Prepared => v1::OperationPhase::Prepared,
+        Phase::Committing => v1::OperationPhase::Committing,
+        Phase::LettingGo => v1::OperationPhase::LettingGo,
         Phase::Unwinding => v1::OperationPhase::Unwinding,
         Phase::Done => v1::OperationPhase::Done,
     }
@@ -126,6 +159,7 @@ fn outcome(outcome: EndOutcome) -> v1::StateOutcome {
         EndOutcome::Preserved => v1::StateOutcome::Preserved,
         EndOutcome::StateLost => v1::StateOutcome::StateLost,
         EndOutcome::Replaced => v1::StateOutcome::Replaced,
+        EndOutcome::Moved => v1::StateOutcome::Moved,
     }
 }
 
@@ -139,14 +173,24 @@ fn actions(entry: &Entry, view: &View) -> Vec<v1::OperationAction> {
             manual_cutover,
             after: AfterRecord::Resume | AfterRecord::Hold | AfterRecord::StayStopped,
             ..
-        } => manual_cutover,
-        JobRecord::Restore { .. } => false,
+        }
+        | JobRecord::Migrate { manual_cutover, .. } => manual_cutover,
+        JobRecord::Restore { .. } | JobRecord::Arrive { .. } => false,
     };
+    let manual_commit = matches!(entry.fixed.job, JobRecord::Migrate { manual_commit: true, .. });
+    let handover = view.handover.as_ref();
     let mut actions = Vec::new();
     match view.phase {
         Phase::WaitingForStream => actions.push(v1::OperationAction::Stream),
         Phase::PreCopy | Phase::WaitingForCutover if manual => actions.push(v1::OperationAction::Cutover),
         Phase::Held => actions.push(v1::OperationAction::Resume),
+        Phase::Prepared if manual_commit => actions.push(v1::OperationAction::Commit),
+        Phase::Prepared if handover.is_some_and(|handover| handover.awaits_ready) => {
+            actions.push(v1::OperationAction::Ready);
+        }
+        Phase::Committing if handover.is_some_and(|handover| handover.in_doubt) => {
+            actions.push(v1::OperationAction::Resolve);
+        }
         Phase::PreCopy
         | Phase::Preparing
         | Phase::WaitingForCutover
@@ -157,6 +201,9 @@ fn actions(entry: &Entry, view: &View) -> Vec<v1::OperationAction> {
         | Phase::Loading
         | Phase::Verifying
         | Phase::Resuming
+        | Phase::Prepared
+        | Phase::Committing
+        | Phase::LettingGo
         | Phase::Unwinding
         | Phase::Done => {}
     }

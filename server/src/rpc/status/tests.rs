@@ -3,6 +3,7 @@
 //! Most reasons are provoked at a served agent by the tests of the workspace. `DEFECT` cannot be: it takes work that
 //! panics, and there is none on purpose. What stands for it there is this map, and `to_its_end`.
 
+use vfio_checkpoint_fsm::handover::Unresolvable;
 use vfio_checkpoint_store::StoreError;
 
 use super::*;
@@ -30,6 +31,7 @@ fn of_device(reason: ErrorReason) -> Refusal {
 }
 
 /// A refusal with this reason, and the code that reason.proto promises for it; none where no handler makes it.
+#[allow(clippy::too_many_lines, reason = "a line for each reason, and nothing else")]
 fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
     let refusal = match reason {
         ErrorReason::Unspecified
@@ -56,7 +58,20 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         ErrorReason::NoHold => Some(refused(Refused::NoHold)),
         ErrorReason::NotHeld => Some(refused(Refused::NotHeld { phase: Phase::Loading })),
         ErrorReason::StreamTaken => Some(refused(Refused::StreamTaken)),
+        ErrorReason::NoStreamToResume => Some(refused(Refused::OtherStream)),
         ErrorReason::NoStream => Some(refused(Refused::NoStream)),
+        ErrorReason::NotAMigration => Some(refused(Refused::NotAMigration)),
+        ErrorReason::NotAskedFor => Some(refused(Refused::NotAskedFor)),
+        ErrorReason::NotPrepared => Some(refused(Refused::NotPrepared { phase: Phase::StopCopy })),
+        ErrorReason::StaleEpoch => Some(refused(Refused::StaleEpoch)),
+        ErrorReason::NotInDoubt => Some(refused(Refused::NotInDoubt { phase: Phase::Prepared })),
+        ErrorReason::Unresolvable => Some(refused(Refused::Unresolvable(Unresolvable::MayRunThere))),
+        ErrorReason::TicketInvalid => Some(TicketError::Invalid.into()),
+        ErrorReason::TicketMismatch => {
+            let (wanted, found) = ("this one".to_owned(), "that one".to_owned());
+            Some(TicketError::Mismatch { wanted, found }.into())
+        }
+        ErrorReason::TooManyTickets => Some(TicketError::Full.into()),
         ErrorReason::StoreNotFound => Some(Refusal::StoreNotFound(StoreName::from_id("cold").unwrap())),
         ErrorReason::CheckpointNotFound => Some(Refusal::CheckpointNotFound(checkpoint())),
         ErrorReason::NotYourCheckpoint => Some(Refusal::NotYourCheckpoint(checkpoint())),
@@ -106,7 +121,15 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::NoHold
         | ErrorReason::NotHeld
         | ErrorReason::StreamTaken
+        | ErrorReason::NoStreamToResume
         | ErrorReason::NoStream
+        | ErrorReason::NotAMigration
+        | ErrorReason::NotAskedFor
+        | ErrorReason::NotPrepared
+        | ErrorReason::StaleEpoch
+        | ErrorReason::NotInDoubt
+        | ErrorReason::Unresolvable
+        | ErrorReason::TicketInvalid
         | ErrorReason::CheckpointDamaged
         | ErrorReason::StoreUnusable
         | ErrorReason::StreamRole
@@ -116,14 +139,16 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::ResetFailed
         | ErrorReason::DirtyTracking => Code::FailedPrecondition,
         ErrorReason::RequestIdReused => Code::AlreadyExists,
-        ErrorReason::JournalFailed | ErrorReason::ShuttingDown | ErrorReason::StoreUnavailable => {
-            Code::Unavailable
-        }
+        ErrorReason::JournalFailed
+        | ErrorReason::ShuttingDown
+        | ErrorReason::StoreUnavailable
+        | ErrorReason::TooManyTickets => Code::Unavailable,
         ErrorReason::Unspecified | ErrorReason::Defect => Code::Internal,
         ErrorReason::RoleRequired
         | ErrorReason::NotYourOperation
         | ErrorReason::NotYourDirtyLog
         | ErrorReason::NotYourCheckpoint
+        | ErrorReason::TicketMismatch
         | ErrorReason::UnknownMethod => Code::PermissionDenied,
         ErrorReason::CertificateRequired | ErrorReason::CertificateEnded => Code::Unauthenticated,
         ErrorReason::RequestTooLong => Code::OutOfRange,

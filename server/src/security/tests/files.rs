@@ -135,7 +135,7 @@ async fn a_swapped_symbolic_link_is_seen_by_polling() {
         client_ca: at("ca.crt"),
         crls: Vec::new(),
     };
-    let source = TlsSource::load(files, clock).unwrap();
+    let source = TlsSource::load(files, clock, Environment::production()).unwrap();
     let old_key = source.current().material.own_key_hash();
     let mut generations = source.generations();
     let polling = tokio::spawn(source.clone().poll(Duration::from_millis(5)));

@@ -35,6 +35,7 @@ use super::lab::{LabCa, LabCertificate, Validity, write_file};
 use super::peers::{PeerLimits, PeerRegistry};
 use super::reload::TlsSource;
 use super::tls::provider;
+use crate::environment::Environment;
 
 /// When the tests take place.
 const START_SECS: u64 = 1_900_000_000;
@@ -118,7 +119,7 @@ impl World {
             files.crls.push(folder.path().join("ca.crl"));
             write_file(&files.crls[0], ca.crl(&[], day()).unwrap().as_bytes(), 0o644).unwrap();
         }
-        let source = TlsSource::load(files.clone(), clock.clone()).unwrap();
+        let source = TlsSource::load(files.clone(), clock.clone(), Environment::production()).unwrap();
         Self { clock, ca, files, source, folder }
     }
 
@@ -160,7 +161,7 @@ impl World {
     async fn listen(&self, limits: AcceptLimits, peers: PeerLimits) -> Door {
         let registry = PeerRegistry::start(self.source.clone(), peers);
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-        let listener = Listener::new(tcp, self.source.clone(), registry.clone(), limits);
+        let listener = Listener::new(Box::new(tcp), self.source.clone(), registry.clone(), limits);
         let (address, counters) = (listener.local_addr().unwrap(), listener.counters());
         Door { address, counters, registry, incoming: listener.incoming() }
     }

@@ -12,6 +12,7 @@ use super::*;
 fn allowed(role: Role) -> BTreeSet<&'static str> {
     let anybody = ["Health/Check", "Health/Watch"];
     let reader = [
+        "MigrationService/GetAgent",
         "DeviceService/ListDevices",
         "DeviceService/GetDevice",
         "DeviceService/WatchDevices",
@@ -43,14 +44,31 @@ fn allowed(role: Role) -> BTreeSet<&'static str> {
         "CheckpointService/VerifyCheckpoint",
     ];
     let cancel = ["OperationService/CancelOperation"];
+    let migrator = [
+        "CheckpointService/Cutover",
+        "MigrationService/Admit",
+        "MigrationService/Migrate",
+        "MigrationService/Commit",
+        "MigrationService/Ready",
+        "MigrationService/GetHandover",
+    ];
+    let agents = [
+        "CheckpointService/StreamState",
+        "MigrationService/GetAgent",
+        "MigrationService/Prepare",
+        "MigrationService/CommitHandover",
+        "MigrationService/AbandonHandover",
+        "MigrationService/GetHandover",
+    ];
     let lists: &[&[&'static str]] = match role {
         Role::Viewer => &[&anybody, &reader],
         Role::Saver => &[&anybody, &reader, &dirty, &saver, &cancel],
         Role::Restorer => &[&anybody, &reader, &restorer, &cancel],
-        Role::Migrator => &[&anybody, &reader, &dirty, &cancel],
-        Role::Peer => &[&anybody, &["CheckpointService/StreamState"]],
+        Role::Migrator => &[&anybody, &reader, &dirty, &migrator, &cancel],
+        Role::Peer => &[&anybody, &agents],
         Role::Admin => {
-            &[&anybody, &reader, &dirty, &saver, &restorer, &cancel, &["DeviceService/ResetDevice"]]
+            let decides = &["DeviceService/ResetDevice", "MigrationService/Resolve"];
+            &[&anybody, &reader, &dirty, &saver, &restorer, &migrator, &cancel, decides]
         }
     };
     lists.iter().flat_map(|list| list.iter().copied()).collect()

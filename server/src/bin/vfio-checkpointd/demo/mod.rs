@@ -1,9 +1,10 @@
 //! `demo`: the whole way of a device's state, on one machine and without hardware.
 //!
 //! ```text
-//!   throwaway CA --> agent node-a [nic0, busy]      agent node-b [nic0, idle]
-//!   operator:  list both -- save from a (pre-copy, it runs on) --> store
-//!              once more (only what is new; left stopped)      --> store --> restore on b -- compare
+//!   throwaway CA --> agent node-a [nic0, nic1: busy]      agent node-b [nic0, nic1: idle]
+//!   operator:  list both -- save nic0 of a (pre-copy, it runs on) --> store
+//!              once more (only what is new; left stopped)         --> store --> restore on b -- compare
+//!              nic1 of a, live --------------- migrate ------------------------> nic1 of b -- compare
 //! ```
 //! Nothing is staged: both agents serve real gRPC with mutual TLS on loopback, and the operator is the client library.
 //! Only the devices are simulated, so what they hold can be compared: digests of all that is in the one where it stopped

@@ -41,12 +41,12 @@ impl Lab {
         Ok(Self { ca: LabCa::new(&"demo.vfio-checkpoint".parse()?, validity)?, validity })
     }
 
-    /// Starts an agent with one device, in a folder of its own, and connects the operator to it.
+    /// Starts an agent with these devices, nic0 and on, in a folder of its own, and connects the operator to it.
     pub(super) async fn node(
         &self,
         name: &'static str,
         folder: &Path,
-        device: &str,
+        devices: &[String],
     ) -> Result<Node, Failure> {
         let shared = folder.join("store");
         let folder = folder.join(name);
@@ -62,13 +62,17 @@ impl Lab {
         config.tls.certificate = files.certificate;
         config.tls.key = files.key;
         config.tls.client_ca = files.client_ca;
-        config.grants = vec![Grant { who: OPERATOR.parse()?, roles: vec![Role::Saver, Role::Restorer] }];
-        config.devices = vec![DeviceConfig {
-            name: "nic0".to_owned(),
-            address: device.to_owned(),
+        config.grants = vec![
+            Grant { who: OPERATOR.parse()?, roles: vec![Role::Saver, Role::Restorer, Role::Migrator] },
+            Grant { who: "spiffe://demo.vfio-checkpoint/agent/*".parse()?, roles: vec![Role::Peer] },
+        ];
+        let device = |(index, address): (usize, &String)| DeviceConfig {
+            name: format!("nic{index}"),
+            address: address.clone(),
             owner_pod: String::new(),
             path: None,
-        }];
+        };
+        config.devices = devices.iter().enumerate().map(device).collect();
         config.stores = vec![StoreConfig {
             name: "shared".to_owned(),
             location: shared.display().to_string(),
@@ -101,7 +105,7 @@ impl Lab {
 }
 
 impl Node {
-    /// Digest of all that the node's device holds. Only a simulated device can tell.
+    /// Digest of all that the node's first device holds. Only a simulated device can tell.
     pub(super) fn digest(&self) -> Result<String, Failure> {
         let name = DeviceName::from_id("nic0")?;
         let slot = self.agent.core().registry.get(&name).ok_or("the device is gone")?;

@@ -20,11 +20,13 @@ pub(super) struct Report {
     /// The same device once more.
     pub(super) incremental: Saved,
     pub(super) restore: Restored,
+    /// The other device, live.
+    pub(super) migration: Migrated,
     /// Digest of all that the source's device held when it was stopped.
     pub(super) source_digest: String,
     /// Digest of all that the destination's device holds now that it runs.
     pub(super) destination_digest: String,
-    /// Both operations succeeded, and the digests are equal.
+    /// All operations succeeded, the digests are equal, and so are the seals of the migration.
     pub(super) verified: bool,
 }
 
@@ -56,6 +58,23 @@ pub(super) struct Restored {
     pub(super) operation: String,
     pub(super) bytes: u64,
     pub(super) time_ms: f64,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Migrated {
+    pub(super) operation: String,
+    /// The destination's operation.
+    pub(super) arrival: String,
+    pub(super) bytes: u64,
+    /// Of these, while the device ran.
+    pub(super) pre_copy_bytes: u64,
+    pub(super) time_ms: f64,
+    pub(super) predicted_downtime_ms: Option<f64>,
+    pub(super) downtime_ms: Option<f64>,
+    /// What the state hashes to that the source gave.
+    pub(super) given_blake3: String,
+    /// What the state hashes to that runs at the destination.
+    pub(super) taken_blake3: String,
 }
 
 /// Who watches.
@@ -106,7 +125,7 @@ impl Audience {
         } else if report.verified {
             writeln!(
                 out,
-                "\nverified: the device on {} holds what the one on {} held.",
+                "\nverified: the devices on {} hold what those on {} held.",
                 report.destination.agent, report.source.agent
             )?;
         } else {

@@ -8,10 +8,12 @@ use vfio_checkpoint_seal::Seal;
 
 use super::Failure;
 use super::node::{Lab, Node};
-use super::report::{Audience, Place, Report, Restored, Saved, bytes, milliseconds};
+use super::report::{Audience, Migrated, Place, Report, Restored, Saved, bytes, milliseconds};
 use crate::args::Demo;
 
 const DEVICE: &str = "devices/nic0";
+/// The one that moves.
+const MOVING: &str = "devices/nic1";
 const STORE: &str = "stores/shared";
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_mins(10);
@@ -21,10 +23,10 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
     let Demo { memory, dirty, hot, .. } = arguments;
     audience.step("two agents on loopback, with a throwaway certificate authority and mutual TLS 1.3");
     let lab = Lab::new()?;
-    let source = lab
-        .node("node-a", folder.path(), &format!("sim:seed=7,memory={memory},dirty={dirty},hot={hot}"))
-        .await?;
-    let destination = lab.node("node-b", folder.path(), &format!("sim:seed=8,memory={memory}")).await?;
+    let busy = |seed: u32| format!("sim:seed={seed},memory={memory},dirty={dirty},hot={hot}");
+    let idle = |seed: u32| format!("sim:seed={seed},memory={memory}");
+    let source = lab.node("node-a", folder.path(), &[busy(7), busy(9)]).await?;
+    let destination = lab.node("node-b", folder.path(), &[idle(8), idle(10)]).await?;
     let (from, to) = (list(audience, &source).await?, list(audience, &destination).await?);
 
     audience.step(&format!("save {DEVICE} of {} into the store of both, while it runs", source.name));
@@ -37,10 +39,14 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
     let restore = restore_device(audience, &destination, &incremental.checkpoint).await?;
     let destination_digest = destination.digest()?;
 
-    audience.step("proof: digests of all that the devices hold");
+    let migration = migrate_device(audience, &source, &destination).await?;
+
+    audience.step("proof: digests of all that the restored devices hold, and of the state that moved");
     audience.line(&format!("{}  {source_digest}", from.agent));
     audience.line(&format!("{}  {destination_digest}", to.agent));
-    let verified = source_digest == destination_digest;
+    audience.line(&format!("given   {}", migration.given_blake3));
+    audience.line(&format!("taken   {}", migration.taken_blake3));
+    let verified = source_digest == destination_digest && migration.given_blake3 == migration.taken_blake3;
     source.agent.stop().await?;
     destination.agent.stop().await?;
     let (source, destination) = (from, to);
@@ -50,6 +56,7 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
         save,
         incremental,
         restore,
+        migration,
         source_digest,
         destination_digest,
         verified,
@@ -59,13 +66,16 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
 /// Lists a node's devices, as an operator would.
 async fn list(audience: &Audience, node: &Node) -> Result<Place, Failure> {
     let listed = node.operator.list_devices(v1::ListDevicesRequest::default()).await?;
-    let device = listed.devices.into_iter().next().ok_or("the agent has no device")?;
-    let size = device.data_size.as_ref().map_or_else(String::new, |size| bytes(size.bytes));
-    let state = device.state().as_str_name().trim_start_matches("MIGRATION_STATE_").to_owned();
-    audience.line(&format!("{}  {}  {}  {state}  {size}", node.name, device.name, device.address));
-    if let Some(blocker) = device.blockers.first() {
-        return Err(format!("{} on {} cannot be saved: {}", device.name, node.name, blocker.message).into());
+    for device in &listed.devices {
+        let size = device.data_size.as_ref().map_or_else(String::new, |size| bytes(size.bytes));
+        let state = device.state().as_str_name().trim_start_matches("MIGRATION_STATE_").to_owned();
+        audience.line(&format!("{}  {}  {}  {state}  {size}", node.name, device.name, device.address));
+        if let Some(blocker) = device.blockers.first() {
+            let why = format!("{} on {} cannot be saved: {}", device.name, node.name, blocker.message);
+            return Err(why.into());
+        }
     }
+    let device = listed.devices.into_iter().next().ok_or("the agent has no device")?;
     Ok(Place { agent: node.name.to_owned(), device: device.name, address: device.address })
 }
 
@@ -101,13 +111,7 @@ async fn save_device(audience: &Audience, node: &Node, after: v1::AfterSave) -> 
         time_ms,
         predicted_downtime_ms: span(done.predicted_downtime.as_ref()),
         downtime_ms: span(done.downtime.as_ref()),
-        blake3: done
-            .devices
-            .iter()
-            .filter_map(|device| device.seal.clone())
-            .filter_map(|seal| Seal::try_from(seal).ok())
-            .map(|seal| seal.hex())
-            .collect(),
+        blake3: seals(&done),
     };
     audience.line(&format!(
         "{} in {:.0} ms, {} of it while the device ran; it stood still for {:.1} ms (predicted: {:.1} ms)",
@@ -139,6 +143,72 @@ async fn restore_device(audience: &Audience, node: &Node, checkpoint: &str) -> R
         restored.time_ms
     ));
     Ok(restored)
+}
+
+/// Moves the other device to the other node while it works.
+async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) -> Result<Migrated, Failure> {
+    audience.step(&format!(
+        "migrate {MOVING} from {} to {}, live: it works until it stops here, and runs on there",
+        source.name, destination.name
+    ));
+    let agent = source.operator.get_agent(v1::GetAgentRequest {}).await?;
+    let device = source.operator.get_device(v1::GetDeviceRequest { name: MOVING.to_owned() }).await?.device;
+    let logical = device.and_then(|device| device.logical_device).ok_or("no logical device")?;
+    let admission = v1::AdmitRequest {
+        logical_devices: vec![logical],
+        devices: vec![MOVING.to_owned()],
+        source_key_sha256: agent.key_sha256,
+        ..v1::AdmitRequest::default()
+    };
+    let request = v1::MigrateRequest {
+        devices: vec![MOVING.to_owned()],
+        target: Some(v1::MigrationTarget {
+            endpoint: format!("https://localhost:{}", destination.agent.address().port()),
+            spiffe_id: format!("spiffe://demo.vfio-checkpoint/agent/{}", destination.name),
+            devices: vec![MOVING.to_owned()],
+        }),
+        ticket: destination.operator.admit(admission).await?.ticket,
+        pre_copy: v1::PreCopyMode::Required.into(),
+        memory_capture: v1::MemoryCapture::None.into(),
+        request_id: new_request_id().ok_or("this machine has no randomness")?,
+        ..v1::MigrateRequest::default()
+    };
+    let dry = source.operator.migrate(v1::MigrateRequest { validate_only: true, ..request.clone() }).await?;
+    if dry.blockers.is_empty() {
+        audience.line("a dry run finds nothing in the way on either side");
+    }
+    let begun = Instant::now();
+    let operation = source.operator.migrate(request).await?.operation.ok_or("no operation")?.name;
+    let done = watch(audience, &source.operator, &operation).await?;
+    let time_ms = milliseconds(begun.elapsed());
+    let arrival = done.handover.as_ref().map(|handover| handover.peer_operation.clone()).unwrap_or_default();
+    let arrived = watch(audience, &destination.operator, &arrival).await?;
+    let migrated = Migrated {
+        operation,
+        arrival,
+        bytes: done.moved_bytes,
+        pre_copy_bytes: done.devices.iter().map(|device| device.pre_copy_bytes).sum(),
+        time_ms,
+        predicted_downtime_ms: span(done.predicted_downtime.as_ref()),
+        downtime_ms: span(done.downtime.as_ref()),
+        given_blake3: seals(&done),
+        taken_blake3: seals(&arrived),
+    };
+    audience.line(&format!(
+        "{} in {:.0} ms, {} of it while the device ran; it stood still for {:.1} ms (predicted: {:.1} ms)",
+        bytes(migrated.bytes),
+        migrated.time_ms,
+        bytes(migrated.pre_copy_bytes),
+        migrated.downtime_ms.unwrap_or_default(),
+        migrated.predicted_downtime_ms.unwrap_or_default(),
+    ));
+    Ok(migrated)
+}
+
+/// What the states of an operation's devices hash to.
+fn seals(operation: &v1::Operation) -> String {
+    let seals = operation.devices.iter().filter_map(|device| device.seal.clone());
+    seals.filter_map(|seal| Seal::try_from(seal).ok()).map(|seal| seal.hex()).collect()
 }
 
 /// Shows an operation until it is done; an error where it did not succeed.

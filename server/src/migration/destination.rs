@@ -1,0 +1,318 @@
+//! The destination: what it lets in, and what it answers for.
+//!
+//! ```text
+//!   admit    -> Tickets
+//!   prepare  -> blockers, ticket -> admitted as an arrival: leased, on record, its task waits for the stream
+//!   commit   -> ArrivalStep::on_commit -> Commit said to the task -> its end, once that is on record
+//!   abandon  -> Cancel said to the task, unless it is too late
+//! ```
+//! What is answered about a hand-over is its record, and its verdict only once its end is durable.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::Instrument as _;
+use vfio_checkpoint_device::operation::RestoreTerms;
+use vfio_checkpoint_fsm::AfterLoad;
+use vfio_checkpoint_fsm::handover::{ArrivalStep, CommitAnswer, Verdict};
+use vfio_checkpoint_proto::domain::{
+    AdmitSpec, AfterRestore, CommitHandoverSpec, LogicalDevice, PrepareSpec, RestoreSource, RestoreSpec,
+};
+use vfio_checkpoint_proto::ids::{Epoch, KeyHash, OperationName, Ticket};
+use vfio_checkpoint_proto::v1::BlockerReason;
+use vfio_checkpoint_proto::version::{Version, negotiate};
+
+use super::tickets::random;
+use crate::core::Core;
+use crate::environment::UnixMillis;
+use crate::journal::Change;
+use crate::operation::admission::fork::Whereabouts;
+use crate::operation::admission::{self, Blocker};
+use crate::operation::record::{HandoverRecord, JobRecord, PeerRecord};
+use crate::operation::{Asked, Cancel, Entry, Refused, Starter, Way, Work, run, span};
+use crate::rpc::Refusal;
+
+/// A destination waits a little longer for the commit than its source does, so that it is the source that decides.
+const SLACK: Duration = Duration::from_secs(10);
+
+/// What Admit brought.
+#[derive(Debug)]
+pub struct Admitted {
+    /// The ticket.
+    pub ticket: Ticket,
+    /// Until when it can be used.
+    pub until: UnixMillis,
+}
+
+/// What Prepare brought.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The arrival. None where the request was to be validated only.
+    pub entry: Option<Arc<Entry>>,
+    /// What is in the way.
+    pub blockers: Vec<Blocker>,
+    /// The version that both speak, where there is one.
+    pub version: Option<Version>,
+}
+
+/// What the destination has on record of a hand-over.
+#[derive(Debug)]
+pub struct Told {
+    /// The arrival.
+    pub operation: OperationName,
+    /// How far it is.
+    pub step: ArrivalStep,
+    /// Why it did not end COMMITTED. Empty where it did, or has not ended.
+    pub message: String,
+    /// The epochs under which the devices run, or would have run.
+    pub epochs: Vec<Epoch>,
+}
+
+impl Core {
+    /// Lets one source bring one set of logical devices here.
+    pub fn admit_source(&self, spec: AdmitSpec, caller: String) -> Result<Admitted, Refusal> {
+        for device in &spec.devices {
+            if self.registry.get(device).is_none() {
+                return Err(Refusal::DeviceNotFound(device.clone()));
+            }
+        }
+        self.check_ending()?;
+        let until = self.environment.unix_now().after(spec.ttl);
+        let ticket = self.tickets.issue(self.environment.executor.now(), spec, caller)?;
+        Ok(Admitted { ticket, until })
+    }
+
+    /// Leases the devices of a ticket for what its source brings.
+    pub async fn prepare(
+        self: &Arc<Self>,
+        spec: PrepareSpec,
+        starter: Starter,
+        key: KeyHash,
+    ) -> Result<Prepared, Refusal> {
+        self.waits_within("commit_timeout", Some(spec.commit_timeout))?;
+        let version = negotiate(self.config.server.stream_versions(), spec.versions);
+        // Until it is admitted nobody knows of it, and of one state only one is.
+        let _one_after_another = self.operations.admit_restore().await;
+        if !spec.validate_only
+            && let Some(entry) = self.prepared_before(&starter.caller, &spec.source_operation)
+        {
+            let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
+            return Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) });
+        }
+        let found = self.look(&spec.devices).await;
+        let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()))
+            .and_arriving(&self.operations.active());
+        let restore = RestoreSpec {
+            devices: spec.devices.clone(),
+            source: RestoreSource::Stream(Box::new(spec.manifest.clone())),
+            after: AfterRestore::Hold { timeout: None },
+            max_bytes: None,
+            validate_only: spec.validate_only,
+            request_id: None,
+            owner_pod: None,
+            allow_fork: false,
+            allow_inconsistent: false,
+        };
+        let manifest = &spec.manifest;
+        let (mut blockers, plan) =
+            admission::restore(&found.views, &restore, manifest, &whereabouts, self.bounds());
+        blockers.extend(found.missing.iter().cloned());
+        blockers.extend(self.busy());
+        blockers.extend(self.stale(manifest.devices.iter().map(|device| &device.logical_device)));
+        if spec.validate_only {
+            if let Err(none) = &version {
+                blockers.push(Blocker::set(BlockerReason::NoCommonVersion, none.to_string()));
+            }
+            return Ok(Prepared { entry: None, blockers, version: version.ok() });
+        }
+        let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
+        self.check_ending()?;
+        let ticket = spec.ticket.as_ref().ok_or_else(|| Refusal::invalid("ticket", "it must be given"))?;
+        let logical: Vec<LogicalDevice> =
+            manifest.devices.iter().map(|device| device.logical_device.clone()).collect();
+        let now = self.environment.executor.now();
+        let promise = self.tickets.look(now, ticket, key, &logical, &spec.devices)?;
+        let devices: Vec<_> = spec
+            .devices
+            .iter()
+            .zip(&logical)
+            .map(|(device, logical)| {
+                (device.clone(), logical.id.clone(), self.next_epoch(&logical.id, logical.epoch))
+            })
+            .collect();
+        let handover = HandoverRecord {
+            operation: Some(spec.source_operation),
+            secret: Some(random()?),
+            epochs: devices.iter().map(|(_, _, epoch)| *epoch).collect(),
+            ..HandoverRecord::new(PeerRecord::Source { key })
+        };
+        let job = JobRecord::Arrive { barrier: plan.barrier, require_ready: promise.spec.require_ready };
+        let owner_pod = promise.spec.owner_pod.as_ref().map(ToString::to_string).unwrap_or_default();
+        if blockers.is_empty() && !self.tickets.take(ticket) {
+            return Err(super::TicketError::Invalid.into());
+        }
+        let asked = Asked { job, devices, owner_pod, kept: None, handover: Some(handover) };
+        let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
+        for (index, device) in manifest.devices.iter().enumerate() {
+            entry.expects(index, admission::size(device.data_size));
+        }
+        let terms = RestoreTerms {
+            after: AfterLoad::Hold,
+            hold_limit: spec.commit_timeout.saturating_add(SLACK),
+            ready_limit: self.config.defaults.hold_timeout,
+        };
+        let span = span(self, &entry);
+        let running = run(
+            Arc::clone(self),
+            Arc::clone(&entry),
+            lease,
+            Work::Arrive(terms),
+            spec.manifest,
+            Way::Stream(arrival),
+        );
+        self.tasks.spawn(running.instrument(span));
+        Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) })
+    }
+
+    /// The arrival that this source has prepared with this operation of its own.
+    fn prepared_before(&self, caller: &str, source: &OperationName) -> Option<Arc<Entry>> {
+        let is_it = |entry: &Entry| {
+            matches!(entry.fixed.job, JobRecord::Arrive { .. })
+                && entry.fixed.caller == caller
+                && entry
+                    .view()
+                    .handover
+                    .is_some_and(|handover| handover.record.operation.as_ref() == Some(source))
+        };
+        self.operations.page(None, is_it, 1).pop()
+    }
+
+    /// Logical devices that have been here, or are, under a newer epoch than the one that comes.
+    fn stale<'a>(&'a self, logical: impl Iterator<Item = &'a LogicalDevice> + 'a) -> Vec<Blocker> {
+        let records: Vec<_> = self.registry.all().filter_map(|slot| slot.view().record).collect();
+        let newer = |wanted: &LogicalDevice| {
+            let lives = records.iter().map(|record| (&record.logical, record.epoch));
+            let past = records.iter().flat_map(|record| &record.past).map(|past| (&past.logical, past.epoch));
+            lives
+                .chain(past)
+                .filter(|(id, epoch)| **id == wanted.id && *epoch > wanted.epoch)
+                .map(|(_, epoch)| epoch)
+                .max()
+        };
+        let stale = logical.filter_map(|wanted| Some((wanted, newer(wanted)?)));
+        stale
+            .map(|(wanted, epoch)| {
+                let message = format!(
+                    "logical device {} was here in epoch {}, and an old copy of it would come, of epoch {}",
+                    wanted.id, epoch.0, wanted.epoch.0
+                );
+                Blocker::set(BlockerReason::StaleEpoch, message)
+            })
+            .collect()
+    }
+
+    /// The arrival of this name, for whoever can prove that it prepared it.
+    fn arrival(&self, name: &OperationName, caller: &str, secret: &Ticket) -> Result<Arc<Entry>, Refusal> {
+        let entry = self.known_arrival(name)?;
+        let proven = entry
+            .view()
+            .handover
+            .is_some_and(|handover| handover.record.secret.is_some_and(|known| same(&known, secret)));
+        if proven && entry.fixed.caller == caller { Ok(entry) } else { Err(Refusal::NotYours(name.clone())) }
+    }
+
+    fn known_arrival(&self, name: &OperationName) -> Result<Arc<Entry>, Refusal> {
+        let entry = self.operations.get(name).ok_or_else(|| Refusal::OperationNotFound(name.clone()))?;
+        match entry.fixed.job {
+            JobRecord::Arrive { .. } => Ok(entry),
+            JobRecord::Save { .. } | JobRecord::Restore { .. } | JobRecord::Migrate { .. } => {
+                Err(Refusal::Operation { operation: name.clone(), refused: Refused::NotAMigration })
+            }
+        }
+    }
+
+    /// Runs the devices of an arrival, unless that is decided already, and says how it ended.
+    pub async fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Told, Refusal> {
+        let entry = self.arrival(&spec.operation, caller, &spec.secret)?;
+        let refused = |refused| Refusal::Operation { operation: spec.operation.clone(), refused };
+        let epochs: Vec<Epoch> = entry.fixed.devices.iter().map(|device| device.epoch).collect();
+        if epochs != spec.epochs {
+            return Err(refused(Refused::StaleEpoch));
+        }
+        let mut changes = entry.changes();
+        match step(&entry).on_commit() {
+            CommitAnswer::NotPrepared => {
+                return Err(refused(Refused::NotPrepared { phase: entry.view().phase }));
+            }
+            // Whether a deadline or a Cancel was quicker is decided in one place, which is its task.
+            CommitAnswer::Run => entry.signals.say_commit(),
+            CommitAnswer::Wait | CommitAnswer::Told(_) => {}
+        }
+        // The sender is in the entry, so waiting fails only with the agent.
+        let _ended = changes.wait_for(|view| view.end.is_some()).await;
+        Ok(told(&entry))
+    }
+
+    /// Gives an arrival up on the word of its source. Says how it stands, which may be that it is too late.
+    pub fn abandon_handover(
+        &self,
+        name: &OperationName,
+        caller: &str,
+        secret: &Ticket,
+        reason: String,
+    ) -> Result<Told, Refusal> {
+        let entry = self.arrival(name, caller, secret)?;
+        match entry.cancel(Cancel::Abandoned { reason }) {
+            Ok(()) | Err(Refused::Over) => {}
+            Err(refused) => tracing::info!(operation = %name, %refused, "not given up"),
+        }
+        Ok(told(&entry))
+    }
+
+    /// What is on record of a hand-over.
+    pub fn handover(&self, name: &OperationName) -> Result<Told, Refusal> {
+        Ok(told(&*self.known_arrival(name)?))
+    }
+
+    /// The source has its own end on record: this one's may be forgotten in its time.
+    pub async fn settle_handover(
+        &self,
+        name: &OperationName,
+        caller: &str,
+        secret: &Ticket,
+    ) -> Result<Told, Refusal> {
+        let entry = self.arrival(name, caller, secret)?;
+        if entry.is_done() {
+            entry.settled();
+            let record = entry.record(entry.on_record());
+            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+        }
+        Ok(told(&entry))
+    }
+}
+
+/// How far an arrival is. Over only once that is on record.
+fn step(entry: &Entry) -> ArrivalStep {
+    let view = entry.view();
+    let verdict = view.handover.as_ref().and_then(|handover| handover.record.verdict);
+    if view.end.is_some() {
+        return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
+    }
+    entry.on_record().arrival(None)
+}
+
+fn told(entry: &Entry) -> Told {
+    let end = entry.view().end;
+    let message = end.and_then(|end| end.failure).map(|failure| failure.message).unwrap_or_default();
+    Told {
+        operation: entry.fixed.name.clone(),
+        step: step(entry),
+        message,
+        epochs: entry.fixed.devices.iter().map(|device| device.epoch).collect(),
+    }
+}
+
+/// Whether two secrets are the same, in a time that does not tell where they differ.
+fn same(known: &Ticket, shown: &Ticket) -> bool {
+    known.0.iter().zip(shown.0).fold(0, |differs, (known, shown)| differs | (known ^ shown)) == 0
+}

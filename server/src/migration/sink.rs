@@ -1,0 +1,325 @@
+//! State that leaves for another agent, and the word that hands its devices over.
+//!
+//! ```text
+//!   device::operation::save --chunk, seal--> WireSink ==> destination
+//!   Committing on record    --settle-------> Offer: CommitHandover, again and again, until there is a verdict
+//!                                                   or an admin's decision is on record
+//! ```
+//!
+//! # Invariants
+//! - [`Offer::settle`] answers only with what the destination has on record, or with what an admin has put on record here.
+//!
+//! # Failure paths
+//! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
+//! A farewell is tried again for a few seconds, because both agents may just be starting.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tonic::Code;
+use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_device::operation::{BoxError, Settled, StateSink, Word};
+use vfio_checkpoint_device::{ConfigCapture, chain};
+use vfio_checkpoint_fsm::SaveEvent;
+use vfio_checkpoint_fsm::handover::Verdict;
+use vfio_checkpoint_proto::v1;
+
+use super::peer::{PeerError, record};
+use crate::core::Core;
+use crate::failpoint::reached;
+use crate::operation::Entry;
+use crate::operation::record::HandoverRecord;
+use crate::transfer::WireSink;
+
+/// How long the destination may be silent before the source says that it is in doubt.
+const SILENCE: Duration = Duration::from_secs(2);
+/// First and longest pause between two calls; each is twice the one before.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+/// How long a destination is told that it will not be asked again.
+const FAREWELL: Duration = Duration::from_secs(30);
+
+/// The devices of a migration, offered to its destination.
+#[derive(Debug)]
+pub struct Offer {
+    core: Arc<Core>,
+    entry: Arc<Entry>,
+    client: Option<Client>,
+}
+
+/// Takes the state of a migration's devices and gives it to the destination.
+#[derive(Debug)]
+pub struct HandoverSink {
+    wire: WireSink,
+    offer: Offer,
+}
+
+impl Offer {
+    /// The offer of the migration `entry`, over this connection where there is one yet.
+    pub fn new(core: Arc<Core>, entry: Arc<Entry>, client: Option<Client>) -> Self {
+        Self { core, entry, client }
+    }
+
+    fn on_record(&self) -> Option<HandoverRecord> {
+        self.entry.view().handover.map(|handover| handover.record)
+    }
+
+    /// Asks until it is known which side has the devices.
+    pub async fn settle(&mut self, word: Word) -> Settled {
+        let mut pause = PAUSES.0;
+        loop {
+            if let Some(settled) = self.resolved() {
+                return settled;
+            }
+            let entry = Arc::clone(&self.entry);
+            let asked = tokio::select! {
+               biased;
+                () = entry.signals.resolved() => continue,
+                asked = self.ask(word) => asked,
+            };
+            match asked {
+                Ok(told) => {
+                    if let Some(settled) = self.heard(&told).await {
+                        return settled;
+                    }
+                }
+                Err(error) => {
+                    // Another connection, and another certificate where there is one by now.
+                    self.client = None;
+                    self.doubt(format!("the destination cannot be asked: {}", chain(&error)));
+                }
+            }
+            tokio::select! {
+                biased;
+                () = entry.signals.resolved() => {}
+                () = self.core.environment.sleep(pause) => {}
+            }
+            pause = (pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// What an admin has put on record.
+    fn resolved(&self) -> Option<Settled> {
+        let resolution = self.on_record()?.resolution?;
+        Some(if resolution.resume_here {
+            Settled::Here(format!("an admin has decided: {resolution}").into())
+        } else {
+            Settled::There
+        })
+    }
+
+    /// Takes in what the destination has on record. None where that decides nothing yet.
+    async fn heard(&self, told: &v1::HandoverRecord) -> Option<Settled> {
+        let verdict = match told.verdict() {
+            v1::HandoverVerdict::Unspecified => {
+                self.doubt(format!("the destination has not decided: it is {}", told.step().as_str_name()));
+                return None;
+            }
+            v1::HandoverVerdict::Committed => Verdict::Committed,
+            v1::HandoverVerdict::Refused => Verdict::Refused,
+            v1::HandoverVerdict::Lost => Verdict::Lost,
+            v1::HandoverVerdict::Broken => Verdict::Broken,
+        };
+        self.entry.hand_over(|handover| handover.record.verdict = Some(verdict.into()));
+        let message: String = told.message.chars().take(1024).collect();
+        let Some(event) = verdict.event() else {
+            // What has run there is not undone by running it here: somebody has to decide.
+            self.doubt(format!("the destination has said {verdict}: {message}"));
+            self.entry.signals.resolved().await;
+            return None;
+        };
+        self.certain();
+        let is_there = event == SaveEvent::Committed;
+        Some(if is_there { Settled::There } else { Settled::Here(message.into()) })
+    }
+
+    fn doubt(&self, why: String) {
+        tracing::warn!(operation = %self.entry.fixed.name, doubt = why, "in doubt which side has the devices");
+        self.entry.hand_over(|handover| {
+            handover.in_doubt = true;
+            handover.doubt = why;
+        });
+    }
+
+    fn certain(&self) {
+        self.entry.hand_over(|handover| {
+            handover.in_doubt = false;
+            handover.doubt.clear();
+        });
+    }
+
+    async fn ask(&mut self, word: Word) -> Result<v1::HandoverRecord, PeerError> {
+        let environment = self.core.environment.clone();
+        let silent = environment.sleep(SILENCE);
+        let entry = Arc::clone(&self.entry);
+        let mut asking = std::pin::pin!(self.call(word));
+        tokio::select! {
+           biased;
+            told = &mut asking => return told,
+            () = silent => {}
+        }
+        entry.hand_over(|handover| {
+            handover.in_doubt = true;
+            "the destination has been told, and has not answered yet".clone_into(&mut handover.doubt);
+        });
+        asking.await
+    }
+
+    async fn call(&mut self, word: Word) -> Result<v1::HandoverRecord, PeerError> {
+        let known = self.on_record();
+        let named = known.and_then(|known| Some((known.operation?.to_string(), known.secret?, known.epochs)));
+        let Some((operation, secret, epochs)) = named else {
+            return Err(PeerError::Answer("the record here does not say what was prepared there".to_owned()));
+        };
+        let secret = Bytes::copy_from_slice(&secret.0);
+        let client = self.client().await?;
+        match word {
+            Word::Commit => {
+                let epochs = epochs.iter().map(|epoch| epoch.0).collect();
+                reached(format_args!("commit is sent"));
+                let request = v1::CommitHandoverRequest { operation, epochs, secret };
+                let answer = client.commit_handover(request).await.map_err(PeerError::Call)?;
+                reached(format_args!("commit is answered"));
+                record(answer.handover)
+            }
+            Word::Withdraw => {
+                let reason = "the source was restarted, and found its devices moved".to_owned();
+                let request = v1::AbandonHandoverRequest { operation, reason, secret };
+                record(client.abandon_handover(request).await.map_err(PeerError::Call)?.handover)
+            }
+        }
+    }
+
+    async fn client(&mut self) -> Result<Client, PeerError> {
+        if let Some(client) = &self.client {
+            return Ok(client.clone());
+        }
+        let peer = self.entry.fixed.peer.as_ref();
+        let peer = peer.ok_or_else(|| PeerError::Answer("it is not on record who is there".to_owned()))?;
+        let client = self.core.dial(peer).await?;
+        self.client = Some(client.clone());
+        Ok(client)
+    }
+
+    /// Tells the destination that it will not be asked again, and where the devices stayed here, that nothing comes any
+    /// more. Where that does not get through, it is left to its own deadline, and keeps its record.
+    pub async fn farewell(mut self) {
+        let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+        let mut pause = PAUSES.0;
+        let telling = async {
+            loop {
+                match self.say_farewell().await {
+                    Ok(()) => return,
+                    Err(PeerError::Call(error))
+                        if error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
+                    {
+                        tracing::info!(error = %chain(&error), "the destination has no use for a farewell");
+                        return;
+                    }
+                    // It may just be starting again, as this agent may.
+                    Err(error) => {
+                        self.client = None;
+                        tracing::info!(error = %chain(&error), "the destination is not told yet how it ended");
+                    }
+                }
+                environment.sleep(pause).await;
+                pause = (pause * 2).min(PAUSES.1);
+            }
+        };
+        tokio::select! {
+            biased;
+            () = telling => {}
+            () = deadline.sleep(FAREWELL) => {
+                tracing::info!("the destination is left to its own deadline, and keeps its record");
+            }
+        }
+    }
+
+    async fn say_farewell(&mut self) -> Result<(), PeerError> {
+        let known = self.on_record().and_then(|known| Some((known.operation?.to_string(), known.secret?)));
+        // Otherwise there is nobody to tell: nothing was prepared.
+        let Some((operation, secret)) = known else { return Ok(()) };
+        let secret = Bytes::copy_from_slice(&secret.0);
+        let client = self.client().await?;
+        let end = self.entry.view().end;
+        if let Some(failure) = end.and_then(|end| end.failure) {
+            let reason = failure.message.chars().take(1024).collect();
+            let request =
+                v1::AbandonHandoverRequest { operation: operation.clone(), reason, secret: secret.clone() };
+            client.abandon_handover(request).await.map_err(PeerError::Call)?;
+        }
+        loop {
+            let request = v1::GetHandoverRequest {
+                operation: operation.clone(),
+                settled: true,
+                secret: secret.clone(),
+            };
+            let told = record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)?;
+            if told.step() == v1::HandoverStep::Over {
+                return Ok(());
+            }
+            // It is still bringing its devices back.
+            self.core.environment.sleep(PAUSES.0).await;
+        }
+    }
+}
+
+impl HandoverSink {
+    /// A sink over the stream to the destination.
+    pub fn new(wire: WireSink, offer: Offer) -> Self {
+        Self { wire, offer }
+    }
+
+    /// Tells the destination that nothing more comes, and why.
+    pub async fn give_up(&mut self, reason: String) {
+        self.wire.give_up(reason).await;
+    }
+}
+
+impl StateSink for HandoverSink {
+    fn chunk(&mut self, device: usize, bytes: Bytes) -> impl Future<Output = Result<(), BoxError>> + Send {
+        self.wire.chunk(device, bytes)
+    }
+
+    fn seal(
+        &mut self,
+        config: &[Option<ConfigCapture>],
+    ) -> impl Future<Output = Result<(), BoxError>> + Send {
+        self.wire.seal(config)
+    }
+
+    fn mark_inconsistent(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
+        self.wire.mark_inconsistent()
+    }
+
+    fn settle(&mut self, word: Word) -> impl Future<Output = Settled> + Send {
+        self.offer.settle(word)
+    }
+
+    fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
+        self.wire.discard()
+    }
+}
+
+/// What a migration has that was taken up: the stream is over, and the word is still to be said.
+impl StateSink for Offer {
+    async fn chunk(&mut self, _device: usize, _bytes: Bytes) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    async fn seal(&mut self, _config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        Err("a stream does not survive the agent".into())
+    }
+
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+
+    fn settle(&mut self, word: Word) -> impl Future<Output = Settled> + Send {
+        Offer::settle(self, word)
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
