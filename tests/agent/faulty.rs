@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use vfio_checkpoint_device::executor::Job;
 use vfio_checkpoint_device::{Clock, Executor, Lane, Threads};
-use vfio_checkpoint_server::environment::{Environment, SystemClock};
+use vfio_checkpoint_server::environment::Environment;
 
 use crate::lab::PATIENCE;
 
@@ -52,7 +52,7 @@ impl Faulty {
     }
 
     pub(crate) fn environment(&self) -> Environment {
-        Environment { executor: Arc::new(self.clone()), wall: Arc::new(SystemClock) }
+        Environment { executor: Arc::new(self.clone()), ..Environment::production() }
     }
 
     /// From now on lanes of this name do so many pieces of work, and lose what comes after.

@@ -13,6 +13,7 @@ use vfio_checkpoint_client::connect::ConnectOptions;
 use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
 use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig};
 use vfio_checkpoint_server::environment::Environment;
+use vfio_checkpoint_server::security::files::TlsFiles;
 use vfio_checkpoint_server::security::identity::Identity;
 use vfio_checkpoint_server::security::lab::{LabCa, Validity};
 use vfio_checkpoint_server::security::roles::{Grant, Role};
@@ -36,15 +37,12 @@ impl Lab {
     /// A configuration for an agent with these devices, each a name and an address. `ROLE` as in
     /// `spiffe://lab.test/ROLE/…` is granted to whoever bears it.
     pub(crate) fn config(&self, name: &str, devices: &[(&str, &str)]) -> AgentConfig {
-        let folder = self.folder.path().join(name);
-        std::fs::create_dir_all(&folder).unwrap();
-        let identity = Identity::Spiffe(format!("spiffe://lab.test/agent/{name}").parse().unwrap());
-        let issued =
-            self.ca.issue(&identity, &["localhost"], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity()).unwrap();
-        let files = issued.write(&folder, &self.ca.pem()).unwrap();
+        let files = self.certify(name, validity());
         let mut config = AgentConfig::default();
-        config.node.state_dir = folder.join("state");
+        config.node.state_dir = self.folder.path().join(name).join("state");
         config.server.listen = "127.0.0.1:0".parse().unwrap();
+        // Givers of tests that are gone do not come back, but for those of `resumed`.
+        config.server.stream_resume_window = Duration::from_millis(200);
         config.tls.certificate = files.certificate;
         config.tls.key = files.key;
         config.tls.client_ca = files.client_ca;
@@ -54,6 +52,7 @@ impl Lab {
                 who: format!("spiffe://lab.test/{}/*", role.name()).parse().unwrap(),
                 roles: vec![*role],
             })
+            .chain([Grant { who: "spiffe://lab.test/agent/*".parse().unwrap(), roles: vec![Role::Peer] }])
             .collect();
         config.devices = devices
             .iter()
@@ -65,6 +64,16 @@ impl Lab {
             })
             .collect();
         config
+    }
+
+    /// Gives an agent of this name a certificate, in the place of the one that it had.
+    pub(crate) fn certify(&self, name: &str, validity: Validity) -> TlsFiles {
+        let folder = self.folder.path().join(name);
+        std::fs::create_dir_all(&folder).unwrap();
+        let identity = Identity::Spiffe(format!("spiffe://lab.test/agent/{name}").parse().unwrap());
+        let issued =
+            self.ca.issue(&identity, &["localhost"], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity).unwrap();
+        issued.write(&folder, &self.ca.pem()).unwrap()
     }
 
     /// A client that bears this role, or none that any agent knows.

@@ -13,9 +13,11 @@
 
 mod blockers;
 mod bodies;
+mod broken;
 mod devices;
 mod dirty;
 mod discarded;
+mod doubt;
 mod ending;
 #[allow(dead_code, reason = "shared with the tests that kill agents")]
 mod faulty;
@@ -26,10 +28,14 @@ mod journal;
 mod lab;
 mod limits;
 mod listing;
+mod migrations;
 mod operations;
 mod owed;
+mod pair;
 mod reasons;
+mod relay;
 mod restores;
+mod resumed;
 mod roles;
 mod rude;
 mod save_restore;

@@ -13,6 +13,7 @@ use tonic_prost::ProstCodec;
 use vfio_checkpoint_client::call::Refusal;
 use vfio_checkpoint_proto::MAX_REQUEST_BYTES;
 use vfio_checkpoint_proto::v1::{self, ErrorReason, FILE_DESCRIPTOR_SET, FailureReason};
+use vfio_checkpoint_server::config::AgentConfig;
 use vfio_checkpoint_server::security::roles::{Grant, Policy, Role};
 
 use crate::flow::{channel, done, failure, refused, save_of, soon, start_save};
@@ -105,6 +106,13 @@ async fn a_caller_whose_role_was_taken_away_resumes_nothing() {
     agent.stop().await.unwrap();
 }
 
+/// An admin that is another agent, too, may call whatever there is.
+fn for_everything(mut config: AgentConfig) -> AgentConfig {
+    let who = "spiffe://lab.test/admin/test".parse().unwrap();
+    config.grants.push(Grant { who, roles: vec![Role::Peer] });
+    config
+}
+
 /// Every method of this package that takes one message.
 fn unary_requests() -> Vec<String> {
     let set = FileDescriptorSet::decode(FILE_DESCRIPTOR_SET).unwrap();
@@ -143,7 +151,7 @@ fn told(method: &str, status: &Status, code: Code, reason: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_cannot_be_read_is_refused_with_a_reason_by_every_method() {
     let lab = Lab::new();
-    let agent = start(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")])).await;
+    let agent = start(for_everything(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]))).await;
     let admin = channel(&lab, &agent, "spiffe://lab.test/admin/test").await;
     // The tag and the length of field 1 are before it.
     let longest = MAX_REQUEST_BYTES - 4;
@@ -151,14 +159,22 @@ async fn a_request_that_cannot_be_read_is_refused_with_a_reason_by_every_method(
         let letters = |count| Bytes::from(vec![b'x'; count]);
         let status = call(&admin, method, letters(longest + 1), None).await;
         told(method, &status, Code::OutOfRange, "REQUEST_TOO_LONG");
+        let status = call(&admin, method, Bytes::from_static(b"x"), Some("gzip")).await;
+        told(method, &status, Code::Unimplemented, "REQUEST_ENCODING");
+        if method.ends_with("/GetAgent") {
+            // It has no field that anything could be wrong with.
+            continue;
+        }
         let status = call(&admin, method, letters(longest), None).await;
         assert_eq!(status.code(), Code::InvalidArgument, "{method}: it is no longer than allowed: {status}");
 
+        if method.ends_with("/Prepare") {
+            // Its first field is no text, so whatever comes is one.
+            continue;
+        }
         // No text, no number, no message that begins so.
         let status = call(&admin, method, Bytes::from_static(&[0xff; 3]), None).await;
         told(method, &status, Code::InvalidArgument, "REQUEST_UNREADABLE");
-        let status = call(&admin, method, Bytes::from_static(b"x"), Some("gzip")).await;
-        told(method, &status, Code::Unimplemented, "REQUEST_ENCODING");
     }
     // A stream is told likewise, as a stream that was not opened.
     let stream = "/vfio.checkpoint.v1.CheckpointService/StreamState";
@@ -170,7 +186,7 @@ async fn a_request_that_cannot_be_read_is_refused_with_a_reason_by_every_method(
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_without_a_message_is_refused_with_a_reason() {
     let lab = Lab::new();
-    let agent = start(lab.config("a", &[])).await;
+    let agent = start(for_everything(lab.config("a", &[]))).await;
     let admin = channel(&lab, &agent, "spiffe://lab.test/admin/test").await;
     for method in &unary_requests() {
         let mut grpc = tonic::client::Grpc::new(admin.clone());

@@ -313,6 +313,7 @@ fn giver_of(operation: &str) -> v1::StreamOpen {
         min_version: 1,
         max_version: 1,
         max_chunk_bytes: 0,
+        resume_stream_id: 0,
     }
 }
 

@@ -37,12 +37,25 @@ const TABLE: &[(&str, &[&str])] = &[
     ("vfio.checkpoint.v1.CheckpointService/StartSave", &["saver", "admin"]),
     ("vfio.checkpoint.v1.CheckpointService/StreamState", &["saver", "restorer", "peer", "admin"]),
     ("vfio.checkpoint.v1.CheckpointService/Restore", &["restorer", "admin"]),
-    ("vfio.checkpoint.v1.CheckpointService/Cutover", &["saver", "admin"]),
+    ("vfio.checkpoint.v1.CheckpointService/Cutover", &["saver", "migrator", "admin"]),
     ("vfio.checkpoint.v1.CheckpointService/Resume", &["saver", "restorer", "admin"]),
     ("vfio.checkpoint.v1.CheckpointService/GetCheckpoint", READERS),
     ("vfio.checkpoint.v1.CheckpointService/ListCheckpoints", READERS),
     ("vfio.checkpoint.v1.CheckpointService/DeleteCheckpoint", &["saver", "admin"]),
     ("vfio.checkpoint.v1.CheckpointService/VerifyCheckpoint", &["saver", "restorer", "admin"]),
+    (
+        "vfio.checkpoint.v1.MigrationService/GetAgent",
+        &["viewer", "saver", "restorer", "migrator", "peer", "admin"],
+    ),
+    ("vfio.checkpoint.v1.MigrationService/Admit", &["migrator", "admin"]),
+    ("vfio.checkpoint.v1.MigrationService/Migrate", &["migrator", "admin"]),
+    ("vfio.checkpoint.v1.MigrationService/Commit", &["migrator", "admin"]),
+    ("vfio.checkpoint.v1.MigrationService/Ready", &["migrator", "admin"]),
+    ("vfio.checkpoint.v1.MigrationService/Resolve", &["admin"]),
+    ("vfio.checkpoint.v1.MigrationService/Prepare", &["peer"]),
+    ("vfio.checkpoint.v1.MigrationService/CommitHandover", &["peer"]),
+    ("vfio.checkpoint.v1.MigrationService/AbandonHandover", &["peer"]),
+    ("vfio.checkpoint.v1.MigrationService/GetHandover", &["migrator", "peer", "admin"]),
     ("vfio.checkpoint.v1.OperationService/GetOperation", READERS),
     ("vfio.checkpoint.v1.OperationService/ListOperations", READERS),
     ("vfio.checkpoint.v1.OperationService/CancelOperation", &["saver", "restorer", "migrator", "admin"]),
@@ -123,7 +136,7 @@ async fn what_no_table_knows_is_refused_to_everybody() {
     let admin = channel(&lab, &agent, "spiffe://lab.test/admin/test").await;
     let unknown = [
         "vfio.checkpoint.v1.DeviceService/FormatDevice",
-        "vfio.checkpoint.v1.MigrationService/Migrate",
+        "vfio.checkpoint.v1.MigrationService/Teleport",
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     ];
     for method in unknown {

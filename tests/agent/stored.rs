@@ -373,6 +373,7 @@ async fn what_cannot_be_is_refused_with_its_field_and_its_reason() {
         min_version: 1,
         max_version: 1,
         max_chunk_bytes: 0,
+        resume_stream_id: 0,
     };
     let kind = v1::stream_message::Kind::Open(open);
     let first = v1::StreamStateRequest { message: Some(v1::StreamMessage { kind: Some(kind) }) };

@@ -32,6 +32,7 @@ pub(crate) fn open_of(operation: &str, role: v1::StreamRole) -> v1::StreamOpen {
         min_version: 1,
         max_version: 1,
         max_chunk_bytes: 0,
+        resume_stream_id: 0,
     }
 }
 

@@ -13,6 +13,7 @@
 //!   stored.rs    saves into the agent's store and restores out of it: no half checkpoint, nothing left behind
 //!   here.rs      the next agent is in this process, and not all that it works with works
 //!   programs.rs  the programs themselves
+//!   two/         two nodes, and devices that move from the one to the other
 //! ```
 //! Agent and holder are this very test program in processes of their own, so that they are built as the test is, with the
 //! fail points of the feature `failpoints`; `programs.rs` runs the real ones. The steps of a job are not only listed: a
@@ -48,6 +49,7 @@ mod recovery;
 mod resets;
 mod steps;
 mod stored;
+mod two;
 mod world;
 
 use std::io::Write as _;

@@ -25,12 +25,14 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::config::AgentConfig;
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::holder::{self, HolderOptions};
+use vfio_checkpoint_server::security::lab::Validity;
 use vfio_checkpoint_server::serve::Agent;
 use vfio_checkpoint_server::{failpoint, telemetry};
 
 use crate::job::{Job, Saved};
 use crate::lab::Lab;
 use crate::process::{Process, program};
+use crate::two::watch;
 
 /// Says to this test program that it is an agent, and where its configuration is.
 const AGENT: &str = "KILL_TEST_AGENT";
@@ -48,9 +50,13 @@ pub(crate) enum Content {
     Other,
 }
 
-/// Everything of one test.
+/// Everything of one test; or, of a test with two nodes, everything of one of them.
 pub(crate) struct World {
-    lab: Lab,
+    lab: Arc<Lab>,
+    /// What the agent is called.
+    name: String,
+    /// Where the devices say what they do, if they do.
+    told: Option<PathBuf>,
     /// Whether the agent and the holder are the programs, and not this test program.
     programs: bool,
     config: PathBuf,
@@ -67,20 +73,46 @@ pub(crate) struct World {
 impl World {
     /// A world with so many devices, whose agent is running. Every device carries its own content.
     pub(crate) async fn new(devices: usize, with_holder: bool) -> Self {
-        Self::begin(devices, with_holder, false).await
+        let mut world = Self::made(Arc::new(Lab::new()), "agent", None, devices, with_holder, false).await;
+        world.start().await;
+        world.learn().await;
+        world
+    }
+
+    /// A node of this name among others of the same authority, whose agent is not started yet. Its devices, which carry what
+    /// they have at power-on, say in the file `told` what they do.
+    pub(crate) async fn node(
+        lab: &Arc<Lab>,
+        name: &str,
+        told: &Path,
+        devices: usize,
+        with_holder: bool,
+    ) -> Self {
+        Self::made(Arc::clone(lab), name, Some(told.to_owned()), devices, with_holder, false).await
     }
 
     /// The same with the programs, as they are built for whoever runs them.
     pub(crate) async fn of_programs(devices: usize, with_holder: bool) -> Self {
-        Self::begin(devices, with_holder, true).await
+        let mut world = Self::made(Arc::new(Lab::new()), "agent", None, devices, with_holder, true).await;
+        world.start().await;
+        world.learn().await;
+        world
     }
 
-    async fn begin(devices: usize, with_holder: bool, programs: bool) -> Self {
-        let lab = Lab::new();
+    async fn made(
+        lab: Arc<Lab>,
+        name: &str,
+        told: Option<PathBuf>,
+        devices: usize,
+        with_holder: bool,
+        programs: bool,
+    ) -> Self {
         let names: Vec<String> = (0..devices).map(|index| format!("nic{index}")).collect();
         let mut world = Self {
+            name: name.to_owned(),
+            told,
             programs,
-            config: lab.path("agent.toml"),
+            config: lab.path(&format!("{name}.toml")),
             devices: Vec::new(),
             holder: None,
             agent: None,
@@ -96,8 +128,6 @@ impl World {
         if with_holder {
             world.start_holder().await;
         }
-        world.start().await;
-        world.learn().await;
         world
     }
 
@@ -111,16 +141,21 @@ impl World {
     }
 
     pub(crate) fn socket(&self, index: usize) -> PathBuf {
-        self.lab.path(&format!("nic{index}.sock"))
+        self.lab.path(&format!("{}-nic{index}.sock", self.name))
     }
 
     fn holder_socket(&self) -> PathBuf {
-        self.lab.path("hold/agent.sock")
+        self.lab.path(&format!("{}-hold/agent.sock", self.name))
     }
 
     pub(crate) async fn start_device(&mut self, index: usize, device: &str) {
-        let mut command = Command::new(program("vfio-user-device", "vfio-checkpoint-device"));
-        command.arg("--socket").arg(self.socket(index)).args(["--device", device]);
+        let mut command = if let Some(told) = &self.told {
+            watch::command(&self.socket(index), device, &format!("{}/{index}", self.name), told)
+        } else {
+            let mut command = Command::new(program("vfio-user-device", "vfio-checkpoint-device"));
+            command.arg("--socket").arg(self.socket(index)).args(["--device", device]);
+            command
+        };
         let mut process = Process::start(&format!("device {index}"), &mut command);
         process.wait_for("listening", |line| line.contains("listening on").then_some(())).await;
         self.put_device(index, process);
@@ -137,9 +172,13 @@ impl World {
 
     /// The next agent waits no longer than this for a call on a device.
     pub(crate) fn limit_calls(&self, limit: &str) {
+        self.configure(&format!("limits.device_call_timeout = \"{limit}\""));
+    }
+
+    /// The next agent is configured with this line, too.
+    pub(crate) fn configure(&self, line: &str) {
         let config = fs::read_to_string(&self.config).unwrap();
-        let line = format!("limits.device_call_timeout = \"{limit}\"\n");
-        fs::write(&self.config, line + &config).unwrap();
+        fs::write(&self.config, format!("{line}\n{config}")).unwrap();
     }
 
     pub(crate) fn write_config(&self, names: &[String], with_holder: bool) {
@@ -147,7 +186,7 @@ impl World {
             (0..names.len()).map(|index| format!("vfio-user:{}", self.socket(index).display())).collect();
         let pairs: Vec<(&str, &str)> =
             names.iter().map(String::as_str).zip(addresses.iter().map(String::as_str)).collect();
-        let mut config = self.lab.config("agent", &pairs);
+        let mut config = self.lab.config(&self.name, &pairs);
         if with_holder {
             config.holder.socket = Some(self.holder_socket());
         }
@@ -230,6 +269,34 @@ impl World {
         self.agent().wait_for(&line, |said| (said == line).then_some(())).await;
     }
 
+    /// Has what the agent's journal is told of `step` fail.
+    pub(crate) async fn fail(&mut self, step: &str) {
+        self.agent().tell(&format!("fail 0 commit of {step}"));
+        self.agent().wait_for("that it fails", |line| (line == "fails").then_some(())).await;
+    }
+
+    /// Waits until that has failed.
+    pub(crate) async fn failed(&mut self, step: &str) {
+        let line = format!("failed at commit of {step}");
+        self.agent().wait_for(&line, |said| (said == line).then_some(())).await;
+    }
+
+    /// The agent's journal works again.
+    pub(crate) async fn mend(&mut self) {
+        self.agent().tell("mend all");
+        self.agent().wait_for("that it is mended", |line| (line == "mended").then_some(())).await;
+    }
+
+    /// Lets the agent go on from where it has stopped.
+    pub(crate) fn release(&mut self) {
+        self.agent().tell("release");
+    }
+
+    /// The agent's process stands still, or goes on.
+    pub(crate) fn signal_agent(&mut self, signal: Signal) {
+        self.agent().signal(signal);
+    }
+
     /// Kills the agent with SIGKILL.
     pub(crate) fn kill_agent(&mut self) {
         self.address = None;
@@ -242,6 +309,11 @@ impl World {
         let without = config.replace("spiffe://lab.test/admin/*", "spiffe://lab.test/another/*");
         assert_ne!(without, config);
         fs::write(&self.config, without).unwrap();
+    }
+
+    /// Gives the agent another certificate, which it finds when it looks.
+    pub(crate) fn certify(&self, validity: Validity) {
+        let _files = self.lab.certify(&self.name, validity);
     }
 
     /// What the agent reads.
@@ -260,12 +332,11 @@ impl World {
     }
 
     pub(crate) async fn client(&self) -> Client {
-        let address = self.address.expect("the agent is served");
-        self.lab.client_at(address, "spiffe://lab.test/admin/test").await
+        self.lab.client_at(self.address(), "spiffe://lab.test/admin/test").await
     }
 
     /// Learns the seal of every content of every device, and leaves each device with its own.
-    async fn learn(&mut self) {
+    pub(crate) async fn learn(&mut self) {
         let client = self.client().await;
         for content in [Content::Fresh, Content::Other, Content::Own] {
             if content != Content::Fresh {
@@ -313,6 +384,11 @@ impl World {
             devices.push(client.get_device(request).await.unwrap().device.unwrap());
         }
         devices
+    }
+
+    /// Where the agent is served.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address.expect("the agent is served")
     }
 
     /// What the agent said last, for a test that fails.
@@ -374,13 +450,22 @@ pub(crate) fn this_program(test: &str) -> Command {
     command
 }
 
-/// Does what is said on standard input, and ends with whoever says it.
-fn listen() {
+/// Does what is said on standard input, and ends with whoever says it. What is to fail is in `folder`.
+fn listen(folder: &Path) {
+    let mut failing = Vec::new();
     for line in std::io::stdin().lines().map_while(Result::ok) {
         match line.split_once(' ').map(|(word, rest)| (word, rest.split_once(' '))) {
             Some(("arm", Some((times, point)))) => {
                 failpoint::arm(point, times.parse().unwrap());
                 eprintln!("armed");
+            }
+            Some(("fail", Some((pass, point)))) => {
+                failing.push(failpoint::fail(folder, point, pass.parse().unwrap()));
+                eprintln!("fails");
+            }
+            Some(("mend", _)) => {
+                failing.clear();
+                eprintln!("mended");
             }
             Some(_) | None => failpoint::release(),
         }
@@ -394,7 +479,8 @@ fn an_agent_that_will_be_killed() -> ExitCode {
     let Some(path) = env::var_os(AGENT) else { return ExitCode::SUCCESS };
     let config = AgentConfig::load(Some(Path::new(&path)), json!({})).unwrap();
     telemetry::begin(&config.telemetry).unwrap();
-    std::thread::spawn(listen);
+    let folder = config.node.state_dir.clone();
+    std::thread::spawn(move || listen(&folder));
     // What is stopped blocks its thread, and the rest must go on.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
     runtime.block_on(async {
@@ -413,7 +499,7 @@ fn an_agent_that_will_be_killed() -> ExitCode {
 fn a_holder_that_will_be_killed() {
     let Some(socket) = env::var_os(HOLDER) else { return };
     telemetry::begin(&AgentConfig::default().telemetry).unwrap();
-    std::thread::spawn(listen);
+    std::thread::spawn(|| listen(Path::new("")));
     let options = HolderOptions { socket: socket.into(), max_devices: 16 };
     holder::run(options).unwrap();
 }

@@ -24,6 +24,7 @@ mod folder;
 #[path = "../agent/lab.rs"]
 #[allow(dead_code, reason = "shared with the tests of agents in this process")]
 mod lab;
+mod migrate;
 mod node;
 #[path = "../kill/process.rs"]
 #[allow(dead_code, reason = "shared with the tests that kill agents")]

@@ -4,6 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use rustls_pki_types::UnixTime;
@@ -23,7 +24,7 @@ pub(crate) const DEVICES: [(&str, &str); 3] = [
 ];
 
 pub(crate) struct Node {
-    pub(crate) lab: Lab,
+    pub(crate) lab: Arc<Lab>,
     config: PathBuf,
     agent: Option<Process>,
     address: SocketAddr,
@@ -37,8 +38,17 @@ impl Node {
 
     /// The same with more lines at the beginning of the agent's configuration.
     pub(crate) async fn with(lab: Lab, devices: &[(&str, &str)], more: &str) -> Self {
-        let config = lab.path("agent.toml");
-        fs::write(&config, toml(&lab, devices, more)).unwrap();
+        Self::named(Arc::new(lab), "agent", devices, more).await
+    }
+
+    /// Another node under the same authority.
+    pub(crate) async fn beside(&self, name: &str, devices: &[(&str, &str)]) -> Self {
+        Self::named(Arc::clone(&self.lab), name, devices, "").await
+    }
+
+    async fn named(lab: Arc<Lab>, name: &str, devices: &[(&str, &str)], more: &str) -> Self {
+        let config = lab.path(&format!("{name}.toml"));
+        fs::write(&config, toml(&lab, name, devices, more)).unwrap();
         for role in ["admin", "viewer"] {
             issue(&lab.ca, &lab.ca, role, &lab.path(role), validity());
         }
@@ -125,13 +135,18 @@ impl Node {
 
     /// Asks until an operation holds its devices.
     pub(crate) fn until_held(&self, name: &str) {
+        self.until(name, "HELD");
+    }
+
+    /// Asks until an operation is in this phase.
+    pub(crate) fn until(&self, name: &str, phase: &str) {
         let begin = Instant::now();
         loop {
             let found = self.run(&format!("operations get {name} -o json")).quietly().json();
-            if found["phase"] == "HELD" {
+            if found["phase"] == phase {
                 return;
             }
-            assert!(begin.elapsed() < PATIENCE && found["done"] == false, "it is never held: {found}");
+            assert!(begin.elapsed() < PATIENCE && found["done"] == false, "it is never {phase}: {found}");
         }
     }
 
@@ -166,9 +181,9 @@ pub(crate) fn valid_from(time: impl Fn(Duration) -> Duration) -> Validity {
 }
 
 /// The agent's configuration file.
-fn toml(lab: &Lab, devices: &[(&str, &str)], more: &str) -> String {
+fn toml(lab: &Lab, name: &str, devices: &[(&str, &str)], more: &str) -> String {
     // Of the same shape: what TOML and JSON quote, they quote alike.
-    let config = lab.config("agent", devices);
+    let config = lab.config(name, devices);
     let path = |path: &Path| json!(path.to_str().unwrap());
     let mut lines = vec![
         more.to_owned(),

@@ -19,12 +19,14 @@ pub(crate) struct Usage {
 
 impl Child {
     pub(crate) fn start(arguments: &[&str]) -> Self {
-        let mut process = Command::new(std::env::current_exe().unwrap())
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(arguments);
+        Self::of(&mut command)
+    }
+
+    /// The same, however it is started.
+    pub(crate) fn of(command: &mut Command) -> Self {
+        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (to, from) = (process.stdin.take(), process.stdout.take().unwrap());
         Self { process, to, from: BufReader::new(from) }
     }
@@ -38,6 +40,16 @@ impl Child {
         self.from.read_line(&mut line).unwrap();
         assert!(line.ends_with('\n'), "a process of the benchmark ended; what it said is above");
         line.trim_end().to_owned()
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Kills it with SIGKILL. It is gone when this returns.
+    pub(crate) fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
     }
 
     pub(crate) fn usage(&self) -> Usage {
@@ -59,7 +71,7 @@ impl Drop for Child {
     fn drop(&mut self) {
         // It ends when nobody tells it anything any more.
         drop(self.to.take());
-        self.process.wait().unwrap();
+        let _ = self.process.wait();
     }
 }
 

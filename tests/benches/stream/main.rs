@@ -25,6 +25,7 @@
     reason = "a benchmark: it says what it found, and ends where it stands"
 )]
 
+#[allow(dead_code, reason = "shared with the benchmark of migrations")]
 mod child;
 #[path = "../../agent/lab.rs"]
 #[allow(dead_code, reason = "shared with the tests of agents")]

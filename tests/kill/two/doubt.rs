@@ -1,0 +1,193 @@
+//! A destination that was told to run the devices, and does not come back: the source is in doubt.
+//!
+//! ```text
+//!   destination: RUNNING on record --killed
+//!   source: COMMITTING on record, devices in STOP: in doubt, also after it was killed
+//!     |-- the destination comes back: its answer ends it
+//!     |-- Resolve RESUME_HERE: refused, but with peer_is_fenced and a statement   -> runs here, under an epoch of its own
+//!     '-- Resolve LET_GO: refused, but with accept_loss and a statement           -> reset here
+//! ```
+
+use tonic::Code;
+use vfio_checkpoint_client::call::{CallError, Client};
+use vfio_checkpoint_proto::v1;
+
+use super::settle::After;
+use super::{Move, Pair, becomes};
+use crate::figure;
+use crate::job::done;
+use crate::lab::PATIENCE;
+use crate::world::{Content, MEMORY};
+
+impl Pair {
+    /// Waits until the source of a migration is in doubt, and says so in these words.
+    pub(crate) async fn in_doubt(&self, job: &Move, words: &str) -> v1::Operation {
+        let client = self.nodes[self.home].client().await;
+        let name = self.recorded(&client, job).await.expect("it was begun").name;
+        let doubts = becomes(&client, &name, |operation| {
+            operation.handover.as_ref().is_some_and(|known| known.in_doubt && known.doubt.contains(words))
+        });
+        let doubts = tokio::time::timeout(PATIENCE, doubts).await;
+        assert!(doubts.is_ok_and(|doubts| doubts.unwrap()), "it is not in doubt:\n{}", self.log());
+        self.recorded(&client, job).await.unwrap()
+    }
+
+    /// Kills the destination of a migration once it has on record that it runs the devices, and does not start it again.
+    async fn left_in_doubt(&mut self, job: &Move) -> v1::Operation {
+        let away = self.away();
+        self.nodes[away].arm("after commit of RUNNING", 1).await;
+        let driving = self.driven(job).await;
+        self.nodes[away].stopped("after commit of RUNNING").await;
+        self.kill(away);
+        driving.await.unwrap();
+        self.in_doubt(job, "cannot be asked").await
+    }
+
+    /// Asserts that an operation is in doubt, and that its devices stand still in its hands.
+    async fn waits_in_doubt(&self, operation: &v1::Operation) {
+        assert!(!operation.done && operation.phase() == v1::OperationPhase::Committing, "{operation:?}");
+        assert!(operation.deadline.is_none(), "{operation:?}");
+        assert!(operation.actions().any(|action| action == v1::OperationAction::Resolve), "{operation:?}");
+        let client = self.nodes[self.home].client().await;
+        for device in self.nodes[self.home].devices(&client).await {
+            assert_eq!(
+                (device.state(), &device.operation),
+                (v1::MigrationState::Stop, &operation.name),
+                "{device:?}"
+            );
+        }
+        let cancel = v1::CancelOperationRequest { name: operation.name.clone() };
+        refused(client.cancel_operation(cancel).await.map(drop));
+    }
+}
+
+fn refused(answer: Result<(), CallError>) {
+    let refusal = answer.unwrap_err();
+    let refusal = refusal.refusal().unwrap();
+    assert_eq!(refusal.code, Code::FailedPrecondition, "{refusal}");
+}
+
+fn resolve(operation: &v1::Operation, resolution: v1::Resolution) -> v1::ResolveRequest {
+    v1::ResolveRequest {
+        operation: operation.name.clone(),
+        resolution: resolution.into(),
+        ..Default::default()
+    }
+}
+
+/// Asserts that nothing is decided about a migration in doubt without a word that somebody answers for.
+async fn nobody_decides(client: &Client, operation: &v1::Operation) {
+    for resolution in [v1::Resolution::ResumeHere, v1::Resolution::LetGo] {
+        let request = resolve(operation, resolution);
+        let looked = v1::ResolveRequest { validate_only: true, ..request.clone() };
+        let answer = client.resolve(looked).await.unwrap();
+        assert!(answer.destination.is_none() && !answer.destination_error.is_empty(), "{answer:?}");
+        assert!(!answer.refused.is_empty(), "{answer:?}");
+        refused(client.resolve(request).await.map(drop));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_is_in_doubt_until_its_destination_is_back() {
+    let mut pair = Pair::new(2, true).await;
+    let job = Move::new(false);
+    let operation = pair.left_in_doubt(&job).await;
+    pair.waits_in_doubt(&operation).await;
+    let (home, away) = (pair.home, pair.away());
+    pair.kill(home);
+    pair.start(home).await;
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    pair.waits_in_doubt(&operation).await;
+    nobody_decides(&pair.nodes[home].client().await, &operation).await;
+    pair.start(away).await;
+    pair.settle(&job, After::Moves).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 source in doubt, killed meanwhile: its destination came back, and answered");
+}
+
+/// The node of the destination is gone for good: its agent, its holder and its devices.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_whose_destination_is_fenced_resumes_under_an_epoch_of_its_own() {
+    let mut pair = Pair::new(1, true).await;
+    let job = Move::new(false);
+    let before = pair.lives.clone();
+    let operation = pair.left_in_doubt(&job).await;
+    let (home, away) = (pair.home, pair.away());
+    pair.nodes[away].kill_holder();
+    pair.nodes[away].kill_device(0);
+    let client = pair.nodes[home].client().await;
+    nobody_decides(&client, &operation).await;
+    let without_words =
+        v1::ResolveRequest { peer_is_fenced: true, ..resolve(&operation, v1::Resolution::ResumeHere) };
+    assert!(client.resolve(without_words.clone()).await.is_err(), "who fences says why");
+    let request = v1::ResolveRequest { statement: "its power is off".to_owned(), ..without_words };
+    assert_eq!(client.resolve(request.clone()).await.unwrap().refused, "");
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(
+        (ended.result(), ended.outcome()),
+        (v1::OperationResult::Failed, v1::StateOutcome::Preserved),
+        "{ended:?}"
+    );
+    assert_eq!(ended.failure.as_ref().unwrap().reason, "RESOLVED", "{ended:?}");
+    let resolution = &ended.handover.as_ref().unwrap().resolution;
+    assert!(resolution.contains("its power is off") && resolution.contains("admin/test"), "{ended:?}");
+    refused(client.resolve(request).await.map(drop));
+    let now = pair.living().await;
+    assert_eq!(now[0].id, before[0].id);
+    assert!(now[0].epoch > before[0].epoch + 1, "the destination may have run it under the next: {now:?}");
+    pair.lives = now;
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Own]);
+
+    // What comes back there has nothing of it, and says so.
+    pair.nodes[away].start_device(0, &format!("sim:seed=1,{MEMORY}")).await;
+    pair.nodes[away].start_holder().await;
+    pair.start(away).await;
+    let there = pair.nodes[away].client().await;
+    let arrival = done(&there, &ended.handover.unwrap().peer_operation).await.unwrap();
+    assert_eq!(arrival.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Lost, "{arrival:?}");
+    assert_eq!(pair.nodes[away].contents(&there).await, [Content::Fresh]);
+    pair.watch.check(&pair.own, pair.kept_since);
+    pair.moves(&Move::new(false)).await;
+    figure("1 source in doubt whose destination was fenced: it runs on, and could move again");
+}
+
+/// The last copy is let go of on somebody's word; the destination has it, and comes back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_lets_go_on_the_word_of_whoever_accepts_the_loss() {
+    let mut pair = Pair::new(1, true).await;
+    // In a device that is being loaded it cannot be seen.
+    pair.kept_since = None;
+    let job = Move::new(false);
+    let before = pair.lives.clone();
+    let operation = pair.left_in_doubt(&job).await;
+    let (home, away) = (pair.home, pair.away());
+    let client = pair.nodes[home].client().await;
+    nobody_decides(&client, &operation).await;
+    let request = v1::ResolveRequest {
+        accept_loss: true,
+        statement: "nobody needs it".to_owned(),
+        ..resolve(&operation, v1::Resolution::LetGo)
+    };
+    assert_eq!(client.resolve(request).await.unwrap().refused, "");
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(
+        (ended.result(), ended.outcome()),
+        (v1::OperationResult::Failed, v1::StateOutcome::StateLost),
+        "{ended:?}"
+    );
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Fresh]);
+    assert_ne!(pair.living().await[0].id, before[0].id, "whatever runs here is somebody new");
+
+    pair.start(away).await;
+    let there = pair.nodes[away].client().await;
+    let arrival = done(&there, &ended.handover.unwrap().peer_operation).await.unwrap();
+    assert_eq!(arrival.result(), v1::OperationResult::Succeeded, "{arrival:?}");
+    assert_eq!(pair.nodes[away].contents(&there).await, [Content::Own]);
+    pair.home = away;
+    let now = pair.living().await;
+    assert!(now[0].id == before[0].id && now[0].epoch > before[0].epoch, "{now:?}");
+    pair.lives = now;
+    pair.watch.check(&pair.own, pair.kept_since);
+    pair.moves(&Move::new(false)).await;
+    figure("1 source in doubt that let go: what its destination had runs there, alone");
+}

@@ -1,0 +1,135 @@
+//! The messages of a hand-over, in one place: the page shows this list, and a test compares it with the contract.
+//!
+//! ```text
+//!   MESSAGES --> docs/handover.md
+//!            `-> the calls of MigrationService, one for one
+//! ```
+//! # Invariants
+//! Every call of the contract's service is here, and nothing else is but the stream.
+
+/// One message, as somebody has to know it who writes another side.
+pub(crate) struct Message {
+    /// The call.
+    pub(crate) call: &'static str,
+    /// The service that it belongs to.
+    pub(crate) service: &'static str,
+    /// From whom to whom.
+    pub(crate) way: &'static str,
+    /// When it is sent.
+    pub(crate) when: &'static str,
+    /// What is on record before it is sent.
+    pub(crate) record: &'static str,
+    /// What the receiver does.
+    pub(crate) does: &'static str,
+    /// What becomes of a second one.
+    pub(crate) again: &'static str,
+}
+
+const MIGRATION: &str = "MigrationService";
+
+pub(crate) const MESSAGES: [Message; 11] = [
+    Message {
+        call: "GetAgent",
+        service: MIGRATION,
+        way: "caller to either",
+        when: "before Admit",
+        record: "nothing",
+        does: "says its key and the versions that it speaks",
+        again: "the same",
+    },
+    Message {
+        call: "Admit",
+        service: MIGRATION,
+        way: "caller to destination",
+        when: "before Migrate",
+        record: "nothing",
+        does: "records a ticket for one source, one set and a short time, and gives it",
+        again: "another ticket",
+    },
+    Message {
+        call: "Migrate",
+        service: MIGRATION,
+        way: "caller to source",
+        when: "with the ticket",
+        record: "nothing",
+        does: "records the operation and an offer in BEGUN, then begins",
+        again: "the same request_id gives the same operation",
+    },
+    Message {
+        call: "Prepare",
+        service: MIGRATION,
+        way: "source to destination",
+        when: "first, with the ticket",
+        record: "source: BEGUN",
+        does: "records the arrival in LOADING and the ticket as used, then leases its devices and brings them to \
+               RESUMING",
+        again: "the same answer while the arrival is on record; after that the ticket is used. Under an epoch that is \
+                over here it is refused (STALE_EPOCH)",
+    },
+    Message {
+        call: "StreamState",
+        service: "CheckpointService",
+        way: "source to destination",
+        when: "after Prepare, once",
+        record: "source: BEGUN; destination: LOADING",
+        does: "writes verified chunks. Once every seal is verified it records PREPARED, and only then sends the last \
+               Ack, with `complete`: that is Prepared",
+        again: "where the connection breaks, the same stream over another one, from the first frame that is not \
+                acknowledged (from version 2 of its protocol on). Where nobody comes back in time the source undoes, \
+                and the destination refuses",
+    },
+    Message {
+        call: "Ready",
+        service: MIGRATION,
+        way: "caller to destination",
+        when: "where Admit asked for it, before Prepared",
+        record: "destination: LOADING",
+        does: "goes on to PREPARED",
+        again: "nothing",
+    },
+    Message {
+        call: "Commit",
+        service: MIGRATION,
+        way: "caller to source",
+        when: "MANUAL alone, after Prepared was heard",
+        record: "source: BEGUN",
+        does: "records COMMITTING, then sends CommitHandover",
+        again: "nothing while the first has its effect; refused once that is undone",
+    },
+    Message {
+        call: "CommitHandover",
+        service: MIGRATION,
+        way: "source to destination",
+        when: "after Prepared was heard, and again until it is answered, also after a crash",
+        record: "source: COMMITTING",
+        does: "see what a Commit is answered. Another epoch or another hand-over is refused as a call and moves nothing",
+        again: "the same answer for ever",
+    },
+    Message {
+        call: "AbandonHandover",
+        service: MIGRATION,
+        way: "source to destination",
+        when: "when the source undoes; may get lost",
+        record: "source: BEGUN",
+        does: "resets its devices and records REFUSED; refuses the call from COMMITTING on",
+        again: "nothing",
+    },
+    Message {
+        call: "GetHandover",
+        service: MIGRATION,
+        way: "source to destination",
+        when: "at any time; with `settled` once the source has its own end on record",
+        record: "source: anything; with `settled`: its end",
+        does: "says what is on record. With `settled` it forgets an arrival that is over, and never the tickets",
+        again: "the same; after `settled`, not found",
+    },
+    Message {
+        call: "Resolve",
+        service: MIGRATION,
+        way: "admin to source",
+        when: "in doubt: COMMITTING is on record, and no answer moves the source",
+        record: "source: COMMITTING",
+        does: "asks the destination, then decides by the table below",
+        again: "refused: nothing is in doubt any more",
+    },
+];
