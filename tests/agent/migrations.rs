@@ -330,29 +330,8 @@ async fn a_ticket_opens_for_its_source_and_set_alone_and_once() {
     let as_source = pair.lab.client_named(&pair.destination, "spiffe://lab.test/agent/source").await;
     let logical = admission.logical_devices[0].clone();
     let fingerprint = device(&destination, "n0").await.fingerprint;
-    let prepare = |ticket: bytes::Bytes| v1::PrepareRequest {
-        ticket,
-        source_operation: "operations/some".to_owned(),
-        manifest: Some(v1::CheckpointManifest {
-            format_version: 1,
-            operation: "operations/some".to_owned(),
-            create_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
-            devices: vec![v1::DeviceManifest {
-                source_device: "devices/n0".to_owned(),
-                source_address: "sim".to_owned(),
-                backend: v1::Backend::VfioUser.into(),
-                driver: "sim".to_owned(),
-                fingerprint: fingerprint.clone(),
-                logical_device: Some(logical.clone()),
-                data_size: None,
-            }],
-            source_disposition: v1::SourceDisposition::StaysStopped.into(),
-        }),
-        devices: pair.names(),
-        min_version: 1,
-        max_version: 1,
-        commit_timeout: millis(1000),
-        ..Default::default()
+    let prepare = |ticket| {
+        prepare_request(pair.names(), "operations/some", fingerprint.clone(), logical.clone(), ticket)
     };
     let made_up = as_source.prepare(prepare(bytes::Bytes::from_static(&[7; 32]))).await;
     refused(made_up, Code::FailedPrecondition, "TICKET_INVALID");
@@ -411,6 +390,12 @@ async fn who_has_not_prepared_decides_nothing() {
         let settle = v1::GetHandoverRequest { settled: true, secret: commit.secret.clone(), ..get };
         refused(stranger.get_handover(settle).await, Code::PermissionDenied, "NOT_YOUR_OPERATION");
     }
+    // To say again what the source said brings its secret to the source's key alone.
+    let told = source.get_operation(v1::GetOperationRequest { name: name.clone() }).await.unwrap();
+    let logical = told.operation.unwrap().devices[0].logical_device.clone().unwrap();
+    let fingerprint = device(&source, "n0").await.fingerprint;
+    let again = prepare_request(pair.names(), &name, fingerprint, logical, commit.secret.clone());
+    refused(as_source.prepare(again).await, Code::FailedPrecondition, "TICKET_INVALID");
     assert_eq!(pair.there[0].device.state(), State::Resuming, "it waits on");
     // The right one, with an epoch that is not.
     let known = pair.destination.core().operations.get(&arrival.parse().unwrap()).unwrap();
@@ -487,4 +472,38 @@ async fn the_same_request_is_the_same_migration() {
     refused(other, Code::AlreadyExists, "REQUEST_ID_REUSED");
     assert_eq!(soon(done(&source, &first)).await.result(), v1::OperationResult::Succeeded);
     pair.stop().await;
+}
+
+/// Prepare, as the agent of the source says it.
+fn prepare_request(
+    devices: Vec<String>,
+    source_operation: &str,
+    fingerprint: Option<v1::Fingerprint>,
+    logical: v1::LogicalDevice,
+    ticket: bytes::Bytes,
+) -> v1::PrepareRequest {
+    v1::PrepareRequest {
+        ticket,
+        source_operation: source_operation.to_owned(),
+        manifest: Some(v1::CheckpointManifest {
+            format_version: 1,
+            operation: source_operation.to_owned(),
+            create_time: Some(prost_types::Timestamp { seconds: 1, nanos: 0 }),
+            devices: vec![v1::DeviceManifest {
+                source_device: "devices/n0".to_owned(),
+                source_address: "sim".to_owned(),
+                backend: v1::Backend::VfioUser.into(),
+                driver: "sim".to_owned(),
+                fingerprint,
+                logical_device: Some(logical),
+                data_size: None,
+            }],
+            source_disposition: v1::SourceDisposition::StaysStopped.into(),
+        }),
+        devices,
+        min_version: 1,
+        max_version: 1,
+        commit_timeout: millis(1000),
+        ..Default::default()
+    }
 }

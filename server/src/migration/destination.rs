@@ -94,7 +94,7 @@ impl Core {
         // Until it is admitted nobody knows of it, and of one state only one is.
         let _one_after_another = self.operations.admit_restore().await;
         if !spec.validate_only
-            && let Some(entry) = self.prepared_before(&starter.caller, &spec.source_operation)
+            && let Some(entry) = self.prepared_before(&starter.caller, key, &spec.source_operation)
         {
             let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
             return Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) });
@@ -174,15 +174,17 @@ impl Core {
         Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) })
     }
 
-    /// The arrival that this source has prepared with this operation of its own.
-    fn prepared_before(&self, caller: &str, source: &OperationName) -> Option<Arc<Entry>> {
+    /// The arrival that this source has prepared with this operation of its own. Agents on many nodes may share an
+    /// identity, and their operations' names are no secret: it takes the key too.
+    fn prepared_before(&self, caller: &str, key: KeyHash, source: &OperationName) -> Option<Arc<Entry>> {
         let is_it = |entry: &Entry| {
             matches!(entry.fixed.job, JobRecord::Arrive { .. })
                 && entry.fixed.caller == caller
-                && entry
-                    .view()
-                    .handover
-                    .is_some_and(|handover| handover.record.operation.as_ref() == Some(source))
+                && entry.view().handover.is_some_and(|handover| {
+                    let record = handover.record;
+                    record.operation.as_ref() == Some(source)
+                        && matches!(record.peer, PeerRecord::Source { key: known } if known == key)
+                })
         };
         self.operations.page(None, is_it, 1).pop()
     }

@@ -11,7 +11,7 @@
 //!
 //! # Failure paths
 //! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
-//! A farewell is tried again for a few seconds, because both agents may just be starting.
+//! A farewell is tried again for half a minute, because both agents may just be starting.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,7 +73,7 @@ impl Offer {
             }
             let entry = Arc::clone(&self.entry);
             let asked = tokio::select! {
-               biased;
+                biased;
                 () = entry.signals.resolved() => continue,
                 asked = self.ask(word) => asked,
             };
@@ -154,7 +154,7 @@ impl Offer {
         let entry = Arc::clone(&self.entry);
         let mut asking = std::pin::pin!(self.call(word));
         tokio::select! {
-           biased;
+            biased;
             told = &mut asking => return told,
             () = silent => {}
         }
