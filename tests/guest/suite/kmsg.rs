@@ -4,10 +4,15 @@
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vfio_checkpoint_fsm::State;
 
 use crate::Test;
+
+/// Nothing that is waited for takes longer under emulation, unless it never comes.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// To be run last: it looks back on all others.
 pub(crate) const TESTS: &[Test] = &[("kmsg::the_kernel_warned_of_nothing", |_| no_warnings())];
@@ -38,6 +43,16 @@ impl KernelLog {
     /// The hops of the device `uuid` since the last call, taken or tried.
     pub(crate) fn hops(&mut self, uuid: &str) -> Vec<(State, State)> {
         self.lines().iter().filter_map(|line| parse_hop(line, uuid)).collect()
+    }
+
+    /// Waits until the device `uuid` takes a hop out of this state; what was logged until then is read.
+    pub(crate) fn until_out_of(&mut self, uuid: &str, state: State) {
+        let begun = Instant::now();
+        while !self.hops(uuid).iter().any(|(from, _)| *from == state) {
+            let left = PATIENCE.checked_sub(begun.elapsed()).expect("it leaves the state");
+            let left = Timespec::try_from(left).expect("a time");
+            poll(&mut [PollFd::new(&self.file, PollFlags::IN)], Some(&left)).expect("the kernel log");
+        }
     }
 
     /// The hops of several devices since the last call in the order in which they were logged, each with the device's

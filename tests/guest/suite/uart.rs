@@ -23,7 +23,11 @@ pub(crate) type Registers = Vec<[u8; 8]>;
 
 /// What a test puts into port `port`, different for each `seed`.
 pub(crate) fn program(device: &KernelDevice, ports: u8, seed: u8) {
-    let file = file(device);
+    program_by(&file(device), ports, seed);
+}
+
+/// The same, by the file of a device that another process has open.
+pub(crate) fn program_by(file: &File, ports: u8, seed: u8) {
     for port in 0..ports {
         let value = seed.wrapping_mul(7).wrapping_add(port);
         for (register, byte) in [
@@ -45,7 +49,11 @@ pub(crate) fn scratch(device: &KernelDevice, value: u8) {
 
 /// The registers of every port, read one by one.
 pub(crate) fn registers(device: &KernelDevice, ports: u8) -> Registers {
-    let file = file(device);
+    registers_by(&file(device), ports)
+}
+
+/// The same, by the file of a device that another process has open.
+pub(crate) fn registers_by(file: &File, ports: u8) -> Registers {
     (0..ports)
         .map(|port| {
             let mut registers = [0; 8];

@@ -21,7 +21,7 @@ use crate::uart::Registers;
 use crate::variant::Parameters;
 
 /// The registers of a variant that was reset and not used since.
-fn power_on(uuid: &str) -> Registers {
+pub(super) fn power_on(uuid: &str) -> Registers {
     use vfio_checkpoint_device::MigrationDevice as _;
     let mut device = crate::save_restore::open(uuid, Container);
     device.reset().expect("a reset");

@@ -1,20 +1,25 @@
 //! An authority, agents and holders as processes, `vfioctl`, and a client of the library.
 //!
-//! A [`Lab`] is one node: a folder with certificates, configuration and journal. Agents come and go in it; what they log
-//! is kept, and printed where the test fails.
+//! A [`Lab`] is one node: a folder with certificates, configuration and journal. Agents come and go in it, all at one
+//! address; what they log is kept, and printed where the test fails. Labs beside each other have one authority.
 
-use std::fs;
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, kill_process, pidfd_getfd, pidfd_open,
+    waitid,
+};
 use rustls_pki_types::UnixTime;
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -37,21 +42,36 @@ pub(super) type Slot<'a> = (&'a str, &'a str, Option<KernelPath>);
 /// One node.
 pub(super) struct Lab {
     folder: PathBuf,
+    ca: Arc<LabCa>,
+    /// The agent's.
+    identity: String,
     credentials: CredentialFiles,
     runtime: Runtime,
     has_holder: bool,
+    /// Where the agent listens: where the first of them was given a port.
+    listen: RefCell<String>,
 }
 
 impl Lab {
     pub(super) fn new() -> Self {
+        let ca = LabCa::new(&"lab.test".parse().expect("a domain"), validity()).expect("an authority");
+        Self::under(Arc::new(ca), "a")
+    }
+
+    /// Another node under the same authority.
+    pub(super) fn beside(&self, name: &str) -> Self {
+        Self::under(Arc::clone(&self.ca), name)
+    }
+
+    fn under(ca: Arc<LabCa>, name: &str) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         // In memory, and short enough for a socket's path.
         let folder = PathBuf::from(format!("/run/lab{}", COUNT.fetch_add(1, Ordering::Relaxed)));
         fs::DirBuilder::new().mode(0o700).create(&folder).expect("a folder");
-        let ca = LabCa::new(&"lab.test".parse().expect("a domain"), validity()).expect("an authority");
-        for who in ["agent", "caller"] {
+        let identity = format!("spiffe://lab.test/agent/{name}");
+        for (who, id) in [("agent", identity.as_str()), ("caller", "spiffe://lab.test/caller")] {
             fs::create_dir(folder.join(who)).expect("a folder");
-            let identity = Identity::Spiffe(format!("spiffe://lab.test/{who}").parse().expect("an id"));
+            let identity = Identity::Spiffe(id.parse().expect("an id"));
             let issued = ca.issue(&identity, &[], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity());
             issued.and_then(|issued| issued.write(&folder.join(who), &ca.pem())).expect("a certificate");
         }
@@ -62,7 +82,13 @@ impl Lab {
             ca: caller.join("ca.crt"),
         };
         let runtime = Runtime::new().expect("a runtime");
-        Self { folder, credentials, runtime, has_holder: false }
+        let listen = RefCell::new("127.0.0.1:0".to_owned());
+        Self { folder, ca, identity, credentials, runtime, has_holder: false, listen }
+    }
+
+    /// What the certificate of its agent says.
+    pub(super) fn identity(&self) -> &str {
+        &self.identity
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -94,6 +120,7 @@ impl Lab {
             let fields = &line["fields"];
             (fields["message"] == "serving").then(|| fields["address"].as_str().expect("where").to_owned())
         });
+        self.listen.replace(address.clone());
         Agent { program, endpoint: format!("https://{address}") }
     }
 
@@ -102,13 +129,14 @@ impl Lab {
         let mut lines = vec![
             more.to_owned(),
             format!("[node]\nstate_dir = \"{}\"", state.display()),
-            "[server]\nlisten = \"127.0.0.1:0\"".to_owned(),
+            format!("[server]\nlisten = \"{}\"", self.listen.borrow()),
             "[tls]".to_owned(),
             format!("certificate = \"{}\"", tls.join("tls.crt").display()),
             format!("key = \"{}\"", tls.join("tls.key").display()),
             format!("client_ca = \"{}\"", tls.join("ca.crt").display()),
             "[[grants]]\nwho = \"spiffe://lab.test/caller\"".to_owned(),
-            "roles = [\"saver\", \"restorer\", \"admin\"]".to_owned(),
+            "roles = [\"saver\", \"restorer\", \"migrator\", \"admin\"]".to_owned(),
+            "[[grants]]\nwho = \"spiffe://lab.test/agent/*\"\nroles = [\"peer\"]".to_owned(),
         ];
         if self.has_holder {
             lines.push(format!("[holder]\nsocket = \"{}\"", self.holder_socket().display()));
@@ -242,6 +270,27 @@ impl Agent {
     /// Ends it as a service manager does.
     pub(super) fn stop(self) {
         self.program.stop();
+    }
+
+    /// Where it is served.
+    pub(super) fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// The file of the only VFIO device that it has open, as whoever uses the device has it too.
+    pub(super) fn device_file(&self) -> File {
+        let folder = format!("/proc/{}/fd", self.program.child.id());
+        let is_device = |fd: &OsString| {
+            let target = fs::read_link(Path::new(&folder).join(fd)).unwrap_or_default();
+            let target = target.to_string_lossy();
+            target.starts_with("/dev/vfio/devices/") || target == "anon_inode:[vfio-device]"
+        };
+        let fds = fs::read_dir(&folder).expect("its fds").map(|entry| entry.expect("an fd").file_name());
+        let fd =
+            fds.filter(is_device).map(|fd| fd.to_str().and_then(|fd| fd.parse().ok()).expect("a number"));
+        let fd = fd.max().expect("a device is open");
+        let agent = pidfd_open(Pid::from_child(&self.program.child), PidfdFlags::empty()).expect("the agent");
+        pidfd_getfd(agent, fd, PidfdGetfdFlags::empty()).expect("a duplicate of its fd").into()
     }
 
     /// What its fds are of.

@@ -15,11 +15,13 @@
 //! | [`transfer`] | save to a folder and restore from it, both modes, both ways to a device, and a set with its barrier |
 //! | [`blocked`] | every blocker that a real device can provoke, and that none of them touches a device |
 //! | [`killed`] | SIGKILL in the middle of everything, with a holder and without |
+//! | [`migrate`] | devices move between two agents, by both modes and ways, and with a SIGKILL in the middle |
 //! | [`process`] | the same for a device in a process of its own, by vfio-user |
 
 mod blocked;
 mod killed;
 mod lab;
+mod migrate;
 mod process;
 mod transfer;
 
@@ -41,6 +43,12 @@ pub(crate) const TESTS: &[Test] = &[
     ("agent::killed::a_held_save_iommufd", |facts| killed::held_save(facts, Iommufd)),
     ("agent::killed::a_held_restore_container", |facts| killed::held_restore(facts, Container)),
     ("agent::killed::a_held_restore_iommufd", |facts| killed::held_restore(facts, Iommufd)),
+    ("agent::migrate::there_and_back_container", |facts| migrate::there_and_back(facts, Container)),
+    ("agent::migrate::there_and_back_iommufd", |facts| migrate::there_and_back(facts, Iommufd)),
+    ("agent::migrate::registers_written_on_the_way", migrate::written_on_the_way),
+    ("agent::migrate::a_set_of_two_with_the_barrier", migrate::set_of_two),
+    ("agent::migrate::killed_container", |facts| migrate::killed(facts, Container)),
+    ("agent::migrate::killed_iommufd", |facts| migrate::killed(facts, Iommufd)),
     ("agent::process::save_and_restore", process::save_and_restore),
     ("agent::process::killed_in_a_save", process::killed_in_a_save),
     ("agent::process::killed_in_a_restore", process::killed_in_a_restore),
