@@ -16,27 +16,31 @@ use std::process::{Child, Command as Program, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use vfio_checkpoint_device::address::{Access, AdoptRefusal, DeviceAddress, Keepsake, OpenFailure, Opened};
 use vfio_checkpoint_device::vfio_user::codec::{Command, HEADER_BYTES, Header, Limits, Reply};
 use vfio_checkpoint_device::vfio_user::{
     ConnectError, ConnectOptions, KeptConnection, PeerError, VfioUserDevice,
 };
-use vfio_checkpoint_device::{Call, DeviceError, Driver, Standing};
+use vfio_checkpoint_device::{Call, DeviceError, Driver, MigrationDevice, Standing};
 use vfio_checkpoint_fsm::{Outcome, Role, State};
 
 /// Says to the test binary that it is an owner, and of what.
 const OWNER: &str = "VFIO_USER_TEST_OWNER";
 
+/// Says to it which process the device is in.
+const PROCESS: &str = "VFIO_USER_TEST_PROCESS";
+
 /// Of the question that an owner asks first.
 const FENCE_BYTES: usize = HEADER_BYTES + 16;
 
 /// How an owner is stopped.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Death {
     /// Between two calls.
     Idle,
@@ -46,10 +50,12 @@ enum Death {
     ReplyCut,
     /// It wrote a request but for its last bytes.
     RequestCut { missing: usize },
+    /// It writes as much state as it can to a process that reads nothing meanwhile.
+    Writing,
 }
 
 impl Death {
-    const ALL: [(Self, &str); 6] = [
+    const ALL: [(Self, &str); 7] = [
         (Self::Idle, "idle"),
         (Self::ReplyUnread, "reply-unread"),
         (Self::ReplyCut, "reply-cut"),
@@ -57,6 +63,7 @@ impl Death {
         (Self::RequestCut { missing: 3000 }, "request-cut"),
         (Self::RequestCut { missing: FENCE_BYTES }, "request-cut-by-a-question"),
         (Self::RequestCut { missing: 10 }, "request-cut-late"),
+        (Self::Writing, "writing"),
     ];
 }
 
@@ -115,6 +122,13 @@ fn an_owner_that_will_be_killed() {
     let address: DeviceAddress = device.parse().unwrap();
     let Opened { mut device, keepsake, .. } = address.open(keeping()).unwrap();
     let keepsake = keepsake.unwrap();
+    if death == Death::Writing {
+        writes(device, &keepsake);
+        pass_on(Path::new(pass), &keepsake);
+        // Killed here.
+        let _ = std::io::stdin().read(&mut [0]);
+        return;
+    }
     let target = State::StopCopy;
     let mut save = device.set_state(target).unwrap().unwrap().into_save(Call::SetState(target)).unwrap();
     save.read(&mut [0; 1000]).unwrap();
@@ -136,10 +150,34 @@ fn an_owner_that_will_be_killed() {
             let write = Command::MigDataWrite { data: &data }.encode(9, false, Limits::default()).unwrap();
             socket.write_all(&write[..write.len() - missing]).unwrap();
         }
+        Death::Writing => unreachable!("that is done by the device's own stream"),
     }
     pass_on(Path::new(pass), &keepsake);
     // Killed here.
     let _ = std::io::stdin().read(&mut [0]);
+}
+
+/// Begins to load a device whose process stands still. Some of what was written has gone out when this returns.
+fn writes(mut device: Box<dyn MigrationDevice>, keepsake: &Keepsake) {
+    let target = State::Resuming;
+    let stream = device.set_state(target).unwrap().unwrap().into_restore(Call::SetState(target));
+    let mut stream = stream.unwrap();
+    let process = Pid::from_raw(env::var(PROCESS).unwrap().parse().unwrap()).unwrap();
+    kill_process(process, Signal::STOP).unwrap();
+    thread::spawn(move || {
+        let _device = device;
+        stream.write(&vec![0xa5; 4 << 20])
+    });
+    // A socket takes no more while more than a part of its buffer waits to be read.
+    let has_room = || {
+        let mut fds = [PollFd::new(&keepsake.fds[0], PollFlags::OUT)];
+        rustix::event::poll(&mut fds, Some(&Timespec::default())).unwrap() == 1
+    };
+    let until = Instant::now() + Duration::from_mins(1);
+    while has_room() {
+        assert!(Instant::now() < until, "nothing goes out");
+        thread::yield_now();
+    }
 }
 
 fn arrives(socket: &UnixStream) {
@@ -183,6 +221,7 @@ fn killed(process: &Process, death: &str) -> Keepsake {
     let mut owner = Program::new(env::current_exe().unwrap())
         .args(["--exact", "an_owner_that_will_be_killed", "--nocapture"])
         .env(OWNER, format!("{death} {} {}", path.display(), address(process)))
+        .env(PROCESS, process.child.id().to_string())
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -240,6 +279,17 @@ fn a_request_cut_half_way_is_the_end_of_the_state() {
         let mut next = opened_anew(&process);
         assert_eq!(next.device.state().unwrap(), State::Running);
     }
+}
+
+/// No SIGKILL cuts what the agent itself writes, however much of it and however slow the process is that reads it.
+#[test]
+fn a_write_goes_out_whole_or_not_at_all() {
+    let process = Process::start();
+    let keepsake = killed(&process, "writing");
+    kill_process(Pid::from_child(&process.child), Signal::CONT).unwrap();
+    let Opened { device, .. } = address(&process).adopt(keepsake, keeping()).unwrap();
+    let mut driver = Driver::new(device);
+    assert_eq!(driver.state().unwrap(), State::Resuming);
 }
 
 /// Without a duplicate anywhere the same death resets the device.

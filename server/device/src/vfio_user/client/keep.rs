@@ -15,8 +15,8 @@
 //! - What the device can do was asked by the first owner and is kept: a device in STOP_COPY must not be probed again.
 //!
 //! # Failure paths
-//! A request that was cut half-way swallows the fence; a reply that was read half-way makes garbage of what comes first.
-//! Both end in [`ConnectError::StateLost`]. What interrupts the dead owner armed is not known: the capture of the
+//! A request that was cut half-way swallows the fence, which ends in [`ConnectError::StateLost`]; those of this client are
+//! written whole or not at all, so that no SIGKILL cuts them. The rest of a reply that was read half-way is skipped. What interrupts the dead owner armed is not known: the capture of the
 //! configuration space says none.
 
 use std::io;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   read(buffer):  asks for min(buffer, negotiated) bytes; gets as many, fewer, none (Zero), or ENOMSG (NothingNow)
-//!   write(bytes):  sends min(bytes, negotiated) bytes; all of them were taken, or none can be told
+//!   write(bytes):  sends min(bytes, negotiated, what goes out whole) bytes; all of them were taken, or none can be told
 //! ```
 //!
 //! A read that brings less than was asked is not the end: the protocol's text says it is, its servers do otherwise.
@@ -75,7 +75,7 @@ impl RestoreStream for RestoreSession {
         }
         let mut link = self.shared.lock();
         link.check_session(self.session, call)?;
-        let limit = usize::try_from(link.limits().max_data_xfer_bytes()).unwrap_or(usize::MAX);
+        let limit = usize::try_from(link.connection().portion_bytes()).unwrap_or(usize::MAX);
         let data = &bytes[..bytes.len().min(limit)];
         link.order(call, &Command::MigDataWrite { data }, &[])?;
         Ok(data.len())

@@ -12,6 +12,8 @@
 //! # Invariants
 //! - A reply is matched by id *and* command; replies may come in any order.
 //! - No length is allocated for that is not bounded by what was negotiated.
+//! - A request with no more data than [goes out whole](Connection::portion_bytes) is not cut by a SIGKILL of its sender:
+//!   whoever takes the connection over finds the server in step. One request is under way at a time.
 //! - A connection may be [taken over](Connection::adopt) from an owner that died; ids tell what was asked by whom.
 //! - **A failure in the middle of anything is the end.** Once a byte of a request has gone out, only its whole reply
 //!   tells what the device did. Where that does not come (the peer is gone, is late, or out of step), the connection
@@ -113,6 +115,7 @@ pub struct Connection {
     timing: Timing,
     dma: Box<dyn DmaTarget>,
     negotiated: Negotiated,
+    portion_bytes: u32,
     inbox: Inbox,
     /// When the first byte of the message in the inbox came.
     arriving_since: Option<Instant>,
@@ -160,6 +163,7 @@ impl Connection {
         };
         connection.negotiated = ours.negotiate(&theirs).map_err(PeerError::from)?;
         connection.inbox.set_limits(connection.negotiated.limits);
+        connection.make_room();
         Ok(connection)
     }
 
@@ -175,12 +179,32 @@ impl Connection {
         dma: Box<dyn DmaTarget>,
     ) -> Self {
         let max_fds = usize::try_from(max_fds).unwrap_or(MAX_FDS).min(MAX_FDS);
-        Self {
+        let mut connection = Self {
             ids: Ids::of(generation),
             left_over: Some(LeftOver::within(negotiated.limits)),
             seeker: Some(Seeker::within(negotiated.limits)),
             ..Self::new(stream, negotiated, max_fds, timing, dma)
+        };
+        connection.make_room();
+        connection
+    }
+
+    fn make_room(&mut self) {
+        let limits = self.negotiated.limits;
+        let largest = usize::try_from(limits.max_message_bytes()).unwrap_or(usize::MAX);
+        match socket::make_room(&self.stream, largest) {
+            Ok(whole) => {
+                let whole = u32::try_from(whole).unwrap_or(u32::MAX);
+                let data = whole.saturating_sub(Limits::OVERHEAD_BYTES).max(1);
+                self.portion_bytes = data.min(limits.max_data_xfer_bytes());
+            }
+            Err(error) => tracing::debug!(%error, "how much goes out whole is not known"),
         }
+    }
+
+    /// The most data that one request should carry to the server: as much as was negotiated and goes out whole.
+    pub fn portion_bytes(&self) -> u32 {
+        self.portion_bytes
     }
 
     fn new(
@@ -200,6 +224,7 @@ impl Connection {
             outbox: VecDeque::new(),
             leaving_since: None,
             unwritable: None,
+            portion_bytes: negotiated.limits.max_data_xfer_bytes(),
             ids: Ids::of(Generation::default()),
             left_over: None,
             seeker: None,

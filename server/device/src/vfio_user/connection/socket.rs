@@ -4,6 +4,8 @@
 //! - Received file descriptors are close-on-exec and owned from the first moment.
 //! - No signal on a peer that is gone; EINTR is retried.
 //! - Nothing blocks but [`wait`], and that not past its deadline.
+//! - What [`make_room`] promises goes into an empty send buffer by one call of [`send`]. The kernel looks at signals only
+//!   where it has to wait for room, so not even SIGKILL cuts it.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -80,6 +82,19 @@ pub(super) fn send(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Re
             Err(errno) => Err(errno.into()),
         };
     }
+}
+
+/// Sees to it that a message of so many bytes fits whole into the send buffer when that is empty: how many do. Without
+/// `CAP_NET_ADMIN` the system's `wmem_max` is the bound.
+pub(super) fn make_room(stream: &UnixStream, bytes: usize) -> io::Result<usize> {
+    use rustix::net::sockopt;
+    // Both double it: the kernel counts what a message takes in memory, which is more than its bytes, but not twice.
+    if sockopt::socket_send_buffer_size(stream)? / 2 < bytes
+        && sockopt::set_socket_send_buffer_size_force(stream, bytes).is_err()
+    {
+        sockopt::set_socket_send_buffer_size(stream, bytes)?;
+    }
+    Ok(sockopt::socket_send_buffer_size(stream)? / 2)
 }
 
 /// What a wait ended with.
