@@ -216,9 +216,23 @@ impl Driver {
     }
 
     /// As [`enter_running`](Self::enter_running), but a failure leaves the device where it is, until
-    /// [`abort`](Self::abort).
+    /// [`abort`](Self::abort). A device that is found in RUNNING after the SET runs, whatever the SET answered.
     pub fn try_running(&mut self, armed: &Armed) -> Result<(), DeviceError> {
-        self.try_start(armed, &[State::Resuming, State::RunningP2p], State::Running)?;
+        self.check_session(armed.loaded.id, Call::SetState(State::Running))?;
+        let found = self.read_back()?;
+        if !matches!(found, State::Resuming | State::RunningP2p) {
+            return Err(DeviceError::Displaced { found });
+        }
+        if let Err(first) = self.walk_from(found, State::Running) {
+            // What a SET answers is one thing and what it did another: one that was interrupted may have been done.
+            match self.read_back() {
+                Ok(State::Running) => {
+                    let device = &self.device.identity().name;
+                    tracing::warn!(%device, error = %crate::chain(&first), "the SET failed, and the device runs");
+                }
+                Ok(_) | Err(_) => return Err(first),
+            }
+        }
         self.engaged = None;
         Ok(())
     }

@@ -405,8 +405,14 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
 
     /// Runs the first device, which is the point of no return: the caller hears of it before another runs.
     async fn run_first(&mut self) -> Result<RestoreEvent, Noted> {
-        self.run(0).await?;
-        Ok(if self.set.len() > 1 { RestoreEvent::AnyRunning } else { RestoreEvent::AllRunning })
+        let first = self.set.all[0].lane;
+        match self.run(0).await {
+            Ok(()) if self.set.len() > 1 => Ok(RestoreEvent::AnyRunning),
+            Ok(()) => Ok(RestoreEvent::AllRunning),
+            Err(noted) if is_seen_not_to_run(first).await => Err(noted),
+            // Nobody can tell that it does not run, so it counts as if it did: what failed is found once more, past the line.
+            Err(Noted) => Ok(RestoreEvent::AnyRunning),
+        }
     }
 
     async fn run_rest(&mut self) -> Result<(), Noted> {
@@ -472,6 +478,11 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
             unrecorded: self.set.unwound.unrecorded.clone(),
         }
     }
+}
+
+async fn is_seen_not_to_run(lane: &DeviceLane) -> bool {
+    let seen = lane.start(Call::GetState, Driver::observe).finished().await;
+    matches!(seen, Ok(Ok(state)) if state != State::Running)
 }
 
 /// Takes in that a chunk was written, or was not.

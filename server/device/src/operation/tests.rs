@@ -146,6 +146,26 @@ fn when_one_device_of_a_set_fails_to_restore_none_runs_with_the_state() {
     assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 2));
 }
 
+/// What a SET answers is one thing, and what it did another: what was found to run is not taken back.
+#[test]
+fn a_device_that_runs_although_its_set_failed_counts_as_running() {
+    let source = Node::new(&configs(2, |_| ()), &[]);
+    let mut memory = Memory::new(2);
+    save(&source.lanes, RESUME, PrecopyPolicy::default(), &mut memory).unwrap();
+    let fault = Fault::Set { target: State::Running, landing: State::Running, errno: libc::EINTR };
+    for faults in [[&[fault][..], &[]], [&[], &[fault]]] {
+        let node = Node::new(&configs(2, |config| config.seed += 100), &faults);
+        restore(&node.lanes, &mut memory.again()).unwrap();
+        assert_eq!((node.digests(), node.states()), (source.digests(), vec![State::Running; 2]));
+    }
+    // Nobody can say that the first one does not run: then nothing is undone as if it did not, and somebody decides.
+    let takes = DEFAULT_CALL_LIMIT + Duration::from_secs(1);
+    let hangs = Fault::Slow { call: Call::SetState(State::Running), takes };
+    let node = Node::new(&configs(2, |config| config.seed += 100), &[&[hangs], &[]]);
+    let (_, outcome, quarantined) = failed(restore(&node.lanes, &mut memory.again()).unwrap_err());
+    assert_eq!((outcome, quarantined.len()), (Outcome::StateLost, 2));
+}
+
 #[test]
 fn a_busy_device_is_pre_copied_until_the_rest_fits_or_given_up() {
     let busy = |config: &mut SimConfig| {

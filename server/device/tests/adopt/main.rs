@@ -319,7 +319,7 @@ fn owners_that_died_while_taking_over_are_counted() {
         device.keep().unwrap().facts.after_owners(2).generation()
     );
     for _ in 0..3 {
-        assert_eq!(vfio_checkpoint_device::MigrationDevice::state(&mut adopted).unwrap(), State::Running);
+        assert_eq!(MigrationDevice::state(&mut adopted).unwrap(), State::Running);
     }
 }
 
