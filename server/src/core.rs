@@ -117,6 +117,14 @@ impl Core {
         Ok(())
     }
 
+    /// The same, for as long as that takes: what is done next is done only then.
+    pub(crate) async fn record_surely(&self, entry: &Entry, step: RecordedStep) {
+        let _one_at_a_time = entry.recording.lock().await;
+        let record = entry.record(step.clone());
+        self.commit_surely(vec![Change::Operation(Box::new(record))]).await;
+        entry.set_on_record(step);
+    }
+
     /// Ready once nobody has the agent any more, and what it had is closed.
     pub fn gone(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut alive = self.alive.subscribe();

@@ -23,6 +23,7 @@ mod ending;
 mod faulty;
 mod flow;
 mod full;
+mod handed_over;
 mod idempotency;
 mod journal;
 mod lab;

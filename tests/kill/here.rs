@@ -21,11 +21,11 @@ use crate::steps::Found;
 use crate::world::{Content, World};
 
 /// How long the agent waits before it tries again to open what is not open.
-const RETRY: Duration = Duration::from_secs(30);
+pub(crate) const RETRY: Duration = Duration::from_secs(30);
 /// How long it waits before it looks after its holder again.
 const LOOK: Duration = Duration::from_secs(5);
 
-async fn begin(world: &World, faulty: &Faulty) -> Agent {
+pub(crate) async fn begin(world: &World, faulty: &Faulty) -> Agent {
     let mut config = world.config();
     // Else it would wait for its certificates as long as for its devices, and one could not be told from the other.
     config.tls.reload_interval = Some(Duration::from_hours(1));

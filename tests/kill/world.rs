@@ -181,6 +181,18 @@ impl World {
         fs::write(&self.config, format!("{line}\n{config}")).unwrap();
     }
 
+    /// The next agent knows of no device. What it was configured with before.
+    pub(crate) fn without_devices(&self) -> String {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let devices = config.find("[[devices]]").expect("there are devices");
+        fs::write(&self.config, &config[..devices]).unwrap();
+        config
+    }
+
+    pub(crate) fn restore_config(&self, config: &str) {
+        fs::write(&self.config, config).unwrap();
+    }
+
     pub(crate) fn write_config(&self, names: &[String], with_holder: bool) {
         let addresses: Vec<String> =
             (0..names.len()).map(|index| format!("vfio-user:{}", self.socket(index).display())).collect();

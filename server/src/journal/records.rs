@@ -84,12 +84,15 @@ pub struct DeviceRecord {
     pub quarantined: bool,
     /// It was left stopped on request.
     pub left_stopped: bool,
+    /// It may still carry what was handed over to another agent, where that runs: nothing but a reset is good for it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub handed_over: bool,
     /// What lived in it before, as far as it has to be known whether that may run still. The last is the newest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub past: Vec<PastRecord>,
 }
 
-/// A logical device that a reset discarded, or that was brought back to life after that.
+/// A logical device that a reset discarded, that was handed over, or that was brought back to life after that.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PastRecord {
@@ -99,6 +102,14 @@ pub struct PastRecord {
     pub epoch: Epoch,
     /// It was discarded while nobody else could have it.
     pub runs_nowhere: bool,
+    /// It was handed over to another agent, and the epoch is the one under which it runs there.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub handed_over: bool,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 impl DeviceRecord {
@@ -111,8 +122,9 @@ impl DeviceRecord {
         // What was left stopped, or stands still because nobody knows what it is, may have been brought to run elsewhere
         // meanwhile: that it is discarded here says nothing of that.
         let runs_nowhere = !self.left_stopped && !self.quarantined;
-        let past = PastRecord { logical: self.logical.clone(), epoch: self.epoch, runs_nowhere };
-        Self { logical: new, epoch: Epoch(1), ..self }.with_past(past)
+        let (logical, epoch) = (self.logical.clone(), self.epoch);
+        let past = PastRecord { logical, epoch, runs_nowhere, handed_over: false };
+        Self { logical: new, epoch: Epoch(1), handed_over: false, ..self }.with_past(past)
     }
 
     /// Notes what became of a logical device.

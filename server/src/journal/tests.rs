@@ -93,6 +93,7 @@ fn record() -> DeviceRecord {
         rate_bytes_per_second: Some(1 << 30),
         quarantined: true,
         left_stopped: false,
+        handed_over: false,
         past: Vec::new(),
     }
 }

@@ -344,10 +344,7 @@ impl EntryCaller {
 
     /// For what is done next only where it is on record, and is done whatever happens.
     async fn record_surely(&self, step: RecordedStep) {
-        let _one_at_a_time = self.entry.recording.lock().await;
-        let record = self.entry.record(step.clone());
-        self.core.commit_surely(vec![Change::Operation(Box::new(record))]).await;
-        self.entry.set_on_record(step);
+        self.core.record_surely(&self.entry, step).await;
     }
 
     async fn record_running(&self) -> Result<(), BoxError> {
@@ -359,7 +356,17 @@ impl EntryCaller {
     }
 
     async fn record_quarantined(&self, step: RecordedStep) -> Result<(), BoxError> {
-        let changes = self.devices(|_, before| DeviceRecord { quarantined: true, ..before });
+        // What is to run is on record already, and stays: by it a later life of the agent knows what it finds.
+        let runs = matches!(self.entry.on_record(), RecordedStep::Running { .. });
+        let changes = self.devices(|device, before| {
+            let lives = if runs {
+                let (logical, epoch) = (device.logical.clone(), device.epoch);
+                self.core.back_to_life(DeviceRecord { logical, epoch, ..before })
+            } else {
+                before
+            };
+            DeviceRecord { quarantined: true, ..lives }
+        });
         self.commit(step, changes).await
     }
 

@@ -2,12 +2,13 @@
 
 mod not_kept;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use vfio_checkpoint_device::operation::{Cause, OperationError, RestoreReport, SaveReport};
 use vfio_checkpoint_device::{Backend, Identity, chain};
 use vfio_checkpoint_fsm::handover::ArrivalEnd;
-use vfio_checkpoint_fsm::{Outcome, SaveState, Validity};
+use vfio_checkpoint_fsm::{Outcome, SaveState, State, Validity};
 use vfio_checkpoint_proto::domain;
 use vfio_checkpoint_proto::ids::{DeviceName, Epoch};
 use vfio_checkpoint_proto::v1::FailureReason;
@@ -25,7 +26,7 @@ use crate::core::Core;
 use crate::journal::{Change, DeviceRecord, Owed, PastRecord};
 use crate::migration::NotTaken;
 use crate::registry::opening::new_logical;
-use crate::registry::{Lease, Standing};
+use crate::registry::{Lease, Slot, Standing};
 
 /// How an operation ended, before it is on record.
 #[derive(Debug)]
@@ -46,6 +47,8 @@ pub(super) struct End {
     reset: Vec<DeviceName>,
     /// Whether its devices were there to the end.
     kept: bool,
+    /// Whether they were let go of, because what was in them runs elsewhere, or may.
+    let_go: bool,
 }
 
 impl End {
@@ -63,6 +66,7 @@ impl End {
             lost: None,
             reset: Vec::new(),
             kept: true,
+            let_go: false,
         }
     }
 
@@ -89,11 +93,31 @@ impl End {
             });
         }
         entry.hand_over(|handover| handover.in_doubt = false);
-        if self.outcome == EndOutcome::Moved {
-            // What could not be reset must not run again before somebody has looked at it.
-            let stuck = lease.slots().iter().filter(|slot| slot.view().standing == Standing::Quarantined);
-            self.quarantined = stuck.map(|slot| slot.name().clone()).collect();
+        if self.let_go {
+            // Whatever was not seen to be reset must not run again: also one that does not answer, that is not open, or that
+            // is not configured any more. The holder may have it as it was, and a later adoption goes by its record.
+            let reset = |slot: &Arc<Slot>| {
+                let view = slot.view();
+                view.standing == Standing::Ready && matches!(view.state, Some((State::Running, _)))
+            };
+            let names = entry.device_names();
+            let stuck = names.filter(|name| slot_of(lease, name).is_none_or(|slot| !reset(slot)));
+            self.quarantined = stuck.cloned().collect();
         }
+    }
+
+    /// What became of a device's record where the state that it had is let go of.
+    fn after_hand_over(entry: &Entry, index: usize, record: DeviceRecord) -> DeviceRecord {
+        let Some(device) = entry.fixed.devices.get(index) else { return record };
+        let there = entry.view().handover.and_then(|known| known.record.epochs.get(index).copied());
+        let past = PastRecord {
+            logical: device.logical.clone(),
+            epoch: there.unwrap_or(device.epoch),
+            runs_nowhere: false,
+            handed_over: true,
+        };
+        // One that was seen to be reset carries nothing of it.
+        DeviceRecord { handed_over: record.quarantined, ..record }.with_past(past)
     }
 
     /// What runs again under this epoch is newer than what the destination may have run.
@@ -169,17 +193,22 @@ impl End {
         let mut changes =
             vec![Change::Operation(Box::new(entry.record(RecordedStep::Ended(record.clone()))))];
         changes.extend(core.stores.debts().unrecorded(checkpoint));
-        for (index, (slot, device)) in lease.slots().iter().zip(&entry.fixed.devices).enumerate() {
-            let Some(before) = slot.view().record else { continue };
+        for (index, device) in entry.fixed.devices.iter().enumerate() {
+            let name = &device.device;
+            let is_quarantined = self.quarantined.contains(name);
+            let before = match slot_of(lease, name).and_then(|slot| slot.view().record) {
+                Some(before) => before,
+                // It is not configured any more. Where it is again, this is known of it.
+                None if is_quarantined => not_configured(device),
+                None => continue,
+            };
             let (logical, epoch) = match self.outcome {
                 EndOutcome::Preserved => {
                     (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 EndOutcome::Replaced => (device.logical.clone(), device.epoch),
-                EndOutcome::StateLost
-                    if self.lost.as_ref().is_some_and(|lost| !lost.contains(slot.name())) =>
-                {
-                    (before.logical.clone(), before.epoch)
+                EndOutcome::StateLost if self.lost.as_ref().is_some_and(|lost| !lost.contains(name)) => {
+                    (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 // Nothing of what was here lives on, or lives on elsewhere: whatever runs now is somebody new.
                 EndOutcome::StateLost | EndOutcome::Moved => (new_logical(&core.environment), Epoch(1)),
@@ -189,20 +218,20 @@ impl End {
                 epoch,
                 rate_bytes_per_second: self.rate_bytes_per_second.or(before.rate_bytes_per_second),
                 // Also of one that hangs: after a restart of the agent it answers, and is where nobody knows.
-                quarantined: before.quarantined || self.quarantined.contains(slot.name()),
-                left_stopped: self.left_stopped && !self.reset.contains(slot.name()),
+                quarantined: before.quarantined || is_quarantined,
+                left_stopped: self.left_stopped && !self.reset.contains(name),
+                handed_over: before.handed_over,
                 past: before.past.clone(),
             };
             let record = match self.outcome {
                 EndOutcome::Replaced => core.back_to_life(record),
-                EndOutcome::Moved => {
-                    let (logical, epoch) = (device.logical.clone(), device.epoch);
-                    record.with_past(PastRecord { logical, epoch, runs_nowhere: false })
+                EndOutcome::Moved | EndOutcome::StateLost if self.let_go => {
+                    Self::after_hand_over(entry, index, record)
                 }
-                EndOutcome::Preserved | EndOutcome::StateLost => record,
+                EndOutcome::Moved | EndOutcome::Preserved | EndOutcome::StateLost => record,
             };
             if record != before {
-                changes.push(Change::Device(slot.name().clone(), record));
+                changes.push(Change::Device(name.clone(), record));
             }
         }
         (record, changes)
@@ -223,8 +252,7 @@ impl OutOfService {
     fn among(devices: &[OperationDeviceRecord], lease: &Lease, quarantined: &[DeviceName]) -> Self {
         let mut out = Self::default();
         for OperationDeviceRecord { device, .. } in devices {
-            let slot = lease.slots().iter().find(|slot| slot.name() == device);
-            match slot.map(|slot| slot.view().standing) {
+            match slot_of(lease, device).map(|slot| slot.view().standing) {
                 Some(Standing::Hung(_)) => out.hung.push(device.clone()),
                 // One without a slot is not configured any more.
                 Some(Standing::Unavailable(_) | Standing::NotMigratable(_)) | None => {
@@ -313,7 +341,7 @@ pub(super) fn handed_over(entry: &Entry) -> End {
     let handover = entry.view().handover.map(|handover| handover.record);
     let committed = handover.as_ref().is_some_and(|known| known.verdict == Some(VerdictRecord::Committed));
     let decided = handover.and_then(|known| known.resolution);
-    match decided {
+    let end = match decided {
         Some(decided) if !committed => End::new(EndResult::Failed, EndOutcome::StateLost).because(
             FailureReason::Resolved,
             format!(
@@ -323,7 +351,8 @@ pub(super) fn handed_over(entry: &Entry) -> End {
             None,
         ),
         Some(_) | None => End::new(EndResult::Succeeded, EndOutcome::Moved),
-    }
+    };
+    End { let_go: true, ..end }
 }
 
 /// A save was given what only a restore has, or the other way round.
@@ -474,6 +503,23 @@ fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option
         Cause::NotReady { .. } => (FailureReason::OwnerNotReady, None),
         Cause::Interrupted => (FailureReason::AgentRestarted, None),
         Cause::Other(error) => (crate::transfer::reason(&**error).unwrap_or(FailureReason::Failed), None),
+    }
+}
+
+fn slot_of<'a>(lease: &'a Lease, name: &DeviceName) -> Option<&'a Arc<Slot>> {
+    lease.slots().iter().find(|slot| slot.name() == name)
+}
+
+/// What is known of a device of an operation that has no slot.
+fn not_configured(device: &OperationDeviceRecord) -> DeviceRecord {
+    DeviceRecord {
+        logical: device.logical.clone(),
+        epoch: device.epoch,
+        rate_bytes_per_second: None,
+        quarantined: true,
+        left_stopped: false,
+        handed_over: false,
+        past: Vec::new(),
     }
 }
 

@@ -374,7 +374,7 @@ impl Core {
             return record;
         }
         let (logical, epoch) = (record.logical.clone(), record.epoch);
-        record.with_past(PastRecord { logical, epoch, runs_nowhere: false })
+        record.with_past(PastRecord { logical, epoch, runs_nowhere: false, handed_over: false })
     }
 
     /// The epoch under which a logical device runs next: higher than any that this agent has seen of it.

@@ -18,7 +18,9 @@
 //! ```
 //! An operation of which a kept device does not answer yet is not taken up, and its devices stay leased, until it answers or
 //! is known to be lost: what became of its state nobody can tell before.
-//! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did.
+//! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did. A
+//! device that is not open, or not configured any more, may be in the holder's hands as it was: of an arrival it counts as
+//! one that nobody can reset, and of what was handed over it is on record as good for nothing but a reset.
 
 mod handed_over;
 
@@ -89,7 +91,7 @@ impl Core {
         // Whether they were kept or not: it is the destination that is waited for.
         let asks = step == RecordedStep::Committing;
         let span = span(self, &entry);
-        let is_kept = core.is_kept(&entry, &lease, &step, &arrived);
+        let is_kept = are_kept(&core.for_it(&entry, &step, &arrived));
         let work = async move { core.go_on(entry, lease, step, &arrived).await }.instrument(span);
         if is_kept && waits || asks {
             self.tasks.spawn(work);
@@ -98,24 +100,24 @@ impl Core {
         }
     }
 
-    /// How each device of the operation that is still configured is there for it.
-    fn for_it(&self, entry: &Entry, step: &RecordedStep, arrived: &[Arrived]) -> Vec<Arrived> {
-        // Kept, and yet not what the operation had: reset since, by a start of the agent that did not come to its end.
+    /// How each device of the operation is there for it.
+    fn for_it(&self, entry: &Entry, step: &RecordedStep, arrived: &[Arrived]) -> Vec<There> {
         let devices = entry.fixed.devices.iter().zip(arrived);
         devices
-            .filter_map(|(device, how)| {
-                let slot = self.registry.get(&device.device)?;
-                Some(if is_same(slot, device, entry.fixed.job, step) { *how } else { Arrived::Opened })
+            .map(|(device, how)| {
+                let name = device.device.clone();
+                let slot = self.registry.get(&name);
+                let as_it_was = slot.is_some_and(|slot| is_same(slot, device, entry.fixed.job, step));
+                let how = match (slot, how) {
+                    (None, _) => Found::NotConfigured,
+                    (Some(_), Arrived::Not) => Found::NotOpen,
+                    (Some(_), Arrived::Adopted) if as_it_was => Found::Kept,
+                    (Some(_), Arrived::Adopted) => Found::KeptSince,
+                    (Some(_), Arrived::Opened) => Found::Opened,
+                };
+                There { name, slot: slot.cloned(), how }
             })
             .collect()
-    }
-
-    /// Whether the operation has all of its devices as it had them.
-    fn is_kept(&self, entry: &Entry, lease: &Lease, step: &RecordedStep, arrived: &[Arrived]) -> bool {
-        let arrived = self.for_it(entry, step, arrived);
-        lease.slots().len() == entry.fixed.devices.len()
-            && arrived.len() == lease.slots().len()
-            && arrived.iter().all(|how| *how == Arrived::Adopted)
     }
 
     async fn go_on(
@@ -125,21 +127,49 @@ impl Core {
         step: RecordedStep,
         arrived: &[Arrived],
     ) {
-        let kept = self.is_kept(&entry, &lease, &step, arrived);
+        let there = self.for_it(&entry, &step, arrived);
+        let kept = are_kept(&there);
         tracing::warn!(?step, kept, "taken up after the agent ended");
         reached(format_args!("take-up begins"));
         let decided = matches!(step, RecordedStep::Committing | RecordedStep::LettingGo);
         let ended = if kept {
             adopted(&self, &entry, &lease, step).await
         } else if decided {
-            let arrived = self.for_it(&entry, &step, arrived);
-            handed_over::in_part(&self, &entry, &lease, &step, &arrived).await
+            handed_over::in_part(&self, &entry, &step, &there).await
         } else {
-            let arrived = self.for_it(&entry, &step, arrived);
-            not_kept(&self, &entry, &lease, &step, &arrived).await
+            not_kept(&self, &entry, &step, &there).await
         };
         finish(&self, &entry, lease, ended).await;
     }
+}
+
+/// How a device of an operation is there for it.
+#[derive(Debug)]
+struct There {
+    name: DeviceName,
+    slot: Option<Arc<Slot>>,
+    how: Found,
+}
+
+/// What became of a device while the agent was away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    /// It is as the operation had it.
+    Kept,
+    /// It was kept, and what is on record of it is not what the operation had: as a rule it was reset since, by a start of
+    /// the agent that did not come to its end.
+    KeptSince,
+    /// It was opened anew, and so reset.
+    Opened,
+    /// It could not be opened. The holder may have it still, as it was.
+    NotOpen,
+    /// Nobody knows it any more. Nor can it be said that it does not run: the holder may have it.
+    NotConfigured,
+}
+
+/// Whether an operation has all of its devices as it had them.
+fn are_kept(there: &[There]) -> bool {
+    there.iter().all(|device| device.how == Found::Kept)
 }
 
 async fn arrived(arrivals: Vec<Option<Arrival>>) -> Vec<Arrived> {
@@ -282,13 +312,7 @@ async fn adopted(core: &Arc<Core>, entry: &Arc<Entry>, lease: &Lease, step: Reco
 }
 
 /// Brings back what was kept of a set, alone, and says what became of the rest.
-async fn not_kept(
-    core: &Arc<Core>,
-    entry: &Arc<Entry>,
-    lease: &Lease,
-    step: &RecordedStep,
-    arrived: &[Arrived],
-) -> End {
+async fn not_kept(core: &Arc<Core>, entry: &Arc<Entry>, step: &RecordedStep, there: &[There]) -> End {
     let role = match (entry.fixed.job, step) {
         // Nothing of the restore had begun: what is in the devices is their own.
         (JobRecord::Save { .. } | JobRecord::Migrate { .. }, _)
@@ -308,42 +332,44 @@ async fn not_kept(
     // Of an arrival that is given up nothing runs on, also not what had begun to.
     let is_given_up = matches!(entry.fixed.job, JobRecord::Arrive { .. }) && role == Role::Destination;
     let (mut lost, mut reset, mut quarantined) = (Vec::new(), Vec::new(), Vec::new());
-    for (slot, how) in lease.slots().iter().zip(arrived) {
-        match how {
-            Arrived::Opened => {
-                let why = if slot.sim().is_some() {
-                    Why::Simulated
-                } else if core.keeper.is_none() {
-                    Why::NoHolder
-                } else {
-                    Why::NotKept
-                };
-                lost.push((slot.name().clone(), why));
-                reset.push(slot.name().clone());
-            }
-            // The holder may have it still, as it was.
-            Arrived::Not => {
-                lost.push((slot.name().clone(), Why::NotOpen));
-                // Nor can anybody say that it does not run.
-                if is_given_up {
-                    quarantined.push(slot.name().clone());
-                }
-            }
+    for There { name, slot, how } in there {
+        let why = match how {
             // It stays stopped as was asked for: its checkpoint may run elsewhere.
-            Arrived::Adopted if *step == RecordedStep::Stopped => {}
-            Arrived::Adopted => {
-                if !bring_back(slot, role, is_given_up).await {
-                    quarantined.push(slot.name().clone());
+            Found::Kept if *step == RecordedStep::Stopped => continue,
+            Found::Kept => {
+                if !bring_back(slot.as_ref(), role, is_given_up).await {
+                    quarantined.push(name.clone());
                 }
+                continue;
             }
+            Found::KeptSince | Found::Opened if slot.as_ref().is_some_and(|slot| slot.sim().is_some()) => {
+                Why::Simulated
+            }
+            Found::KeptSince | Found::Opened if core.keeper.is_none() => Why::NoHolder,
+            Found::KeptSince | Found::Opened => Why::NotKept,
+            Found::NotOpen => Why::NotOpen,
+            Found::NotConfigured => Why::NotConfigured,
+        };
+        lost.push((name.clone(), why));
+        let resisted = match how {
+            // Its record may be behind what is in it: what is told of the arrival must hold all the same.
+            Found::KeptSince => is_given_up && !bring_back(slot.as_ref(), role, true).await,
+            Found::Kept | Found::Opened => false,
+            // Nobody can say that it does not run.
+            Found::NotOpen | Found::NotConfigured => is_given_up,
+        };
+        if resisted {
+            quarantined.push(name.clone());
+        } else if matches!(how, Found::KeptSince | Found::Opened) {
+            reset.push(name.clone());
         }
     }
     end::not_kept(entry, lost, reset, quarantined, step)
 }
 
 /// Brings a device back that was kept, or resets it.
-async fn bring_back(slot: &Slot, role: Role, reset: bool) -> bool {
-    let Some(lane) = slot.lane() else { return false };
+async fn bring_back(slot: Option<&Arc<Slot>>, role: Role, reset: bool) -> bool {
+    let Some(lane) = slot.and_then(|slot| slot.lane()) else { return false };
     let back = if reset {
         lane.start(Call::Reset, Driver::reset).finished().await
     } else {

@@ -251,6 +251,7 @@ impl Opener {
             rate_bytes_per_second,
             quarantined: false,
             left_stopped: false,
+            handed_over: false,
             past: Vec::new(),
         }
     }

@@ -118,6 +118,7 @@ async fn a_slot_that_is_not_open_is_unavailable_and_stays_so() {
         rate_bytes_per_second: None,
         quarantined: false,
         left_stopped: false,
+        handed_over: false,
         past: Vec::new(),
     });
     let view = tokio::time::timeout(Duration::from_secs(10), slot.refresh()).await.unwrap();

@@ -137,6 +137,12 @@ impl Core {
             let problem = view.standing.detail();
             return Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::OutOfService });
         };
+        if before.handed_over && spec.mode == ResetMode::KeepState {
+            let problem = "what it carries was handed over to another agent, where it runs: bringing it back would make a \
+                           second running copy; reset it with DISCARD_STATE"
+                .to_owned();
+            return Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::OutOfService });
+        }
         if spec.validate_only {
             return Ok(Done { view, state_lost: spec.mode == ResetMode::DiscardState });
         }

@@ -12,6 +12,7 @@
 //!   kills.rs    an agent, both, or one with its holder, are killed at every step
 //!   doubt.rs    a destination that does not come back, and what an admin may decide
 //!   silence.rs  a process that stands still, and a wire that is silent or cut
+//!   missing.rs  a device that its agent does not find, or not at once, when it is back
 //!   full.rs     a journal that takes nothing more
 //!   expiry.rs   a certificate that ends in mid-stream
 //! ```
@@ -26,6 +27,7 @@ mod doubt;
 mod expiry;
 mod full;
 mod kills;
+mod missing;
 mod relay;
 mod settle;
 mod silence;

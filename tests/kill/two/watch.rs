@@ -23,7 +23,7 @@ use std::sync::Arc;
 use vfio_checkpoint_device::sim::{SimConfig, SimDevice};
 use vfio_checkpoint_device::vfio_user::server::{PciFunction, Server, ServerOptions, SocketFile};
 use vfio_checkpoint_device::{
-    ConfigSpace, DataSize, DataStream, DeviceCapabilities, DeviceError, DmaLog, Fingerprint, Identity,
+    Call, ConfigSpace, DataSize, DataStream, DeviceCapabilities, DeviceError, DmaLog, Fingerprint, Identity,
     MigrationDevice, Threads,
 };
 use vfio_checkpoint_fsm::State;
@@ -57,7 +57,9 @@ fn a_device_that_is_watched() {
     let slot = SimDevice::new(config, Arc::new(Threads::new())).unwrap();
     let told = OpenOptions::new().append(true).create(true).open(env::var_os(TOLD).unwrap()).unwrap();
     let inner = Box::new(slot.open().unwrap());
-    let mut device = Watched { inner, slot, name: env::var(NAME).unwrap(), told };
+    let name = env::var(NAME).unwrap();
+    let refusal = refusal(Path::new(&env::var_os(TOLD).unwrap()), &name);
+    let mut device = Watched { inner, slot, name, told, refusal };
     device.say("is");
     let (_file, listener) = SocketFile::bind(socket.as_ref()).unwrap();
     let options = ServerOptions { function, ..ServerOptions::default() };
@@ -72,6 +74,7 @@ struct Watched {
     slot: SimDevice,
     name: String,
     told: File,
+    refusal: PathBuf,
 }
 
 impl Watched {
@@ -83,6 +86,11 @@ impl Watched {
         line.push('\n');
         self.told.write_all(line.as_bytes()).unwrap();
     }
+}
+
+/// Where it stands which SET a device refuses next.
+fn refusal(told: &Path, device: &str) -> PathBuf {
+    told.with_extension(format!("{}.refuses", device.replace('/', "-")))
 }
 
 impl MigrationDevice for Watched {
@@ -103,6 +111,12 @@ impl MigrationDevice for Watched {
     }
 
     fn set_state(&mut self, target: State) -> Result<Option<DataStream>, DeviceError> {
+        let refusal = &self.refusal;
+        if fs::read_to_string(refusal).is_ok_and(|refused| refused == target.to_string()) {
+            fs::remove_file(refusal).unwrap();
+            let source = std::io::Error::from_raw_os_error(libc::EIO);
+            return Err(DeviceError::Os { call: Call::SetState(target), source });
+        }
         self.say("leaves");
         let set = self.inner.set_state(target);
         self.say("is");
@@ -161,6 +175,11 @@ impl Watch {
             }
         };
         text.lines().map(line).collect()
+    }
+
+    /// A device refuses its next SET to this state, and stays where it is.
+    pub(crate) fn refuse(&self, device: &str, state: &str) {
+        fs::write(refusal(&self.0, device), state).unwrap();
     }
 
     /// What a device carries now.

@@ -8,6 +8,7 @@
 //!   another device of this agent carries it, and runs             a fork
 //!   it is on its way into another device of this agent           a fork
 //!   this agent discarded it, as new as the checkpoint or newer     no fork
+//!   this agent handed it over since the checkpoint was made         a fork
 //!   the source was left running, and it is not known where         a fork
 //!   the source was left stopped, and does not run here            no fork
 //! ```
@@ -17,10 +18,11 @@ use std::sync::Arc;
 
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::domain::{DeviceManifest, SourceDisposition};
-use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId};
+use vfio_checkpoint_proto::ids::{DeviceName, LogicalDeviceId};
 use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::Blocker;
+use crate::journal::PastRecord;
 use crate::operation::Entry;
 use crate::registry::DeviceView;
 
@@ -28,27 +30,28 @@ use crate::registry::DeviceView;
 #[derive(Debug, Default)]
 pub struct Whereabouts {
     here: BTreeMap<LogicalDeviceId, Vec<(DeviceName, bool)>>,
-    /// What was discarded by a reset, or lived again after that: its last epoch, and whether it runs nowhere.
-    past: BTreeMap<LogicalDeviceId, (Epoch, bool)>,
+    /// What was discarded by a reset, was handed over, or lived again after that: the last of it.
+    past: BTreeMap<LogicalDeviceId, PastRecord>,
 }
 
 impl Whereabouts {
     /// Of all of the agent's devices, as they were read back last.
     pub fn of(views: impl IntoIterator<Item = DeviceView>) -> Self {
         let mut here: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        let mut past: BTreeMap<LogicalDeviceId, (Epoch, bool)> = BTreeMap::new();
+        let mut past: BTreeMap<LogicalDeviceId, PastRecord> = BTreeMap::new();
         for view in views {
             let Some(record) = view.record else { continue };
             // What an operation stopped for its own sake is about to run again.
             let stands =
                 view.lease.is_none() && matches!(view.state, Some((State::Stop | State::StopCopy, _)));
             for one in record.past {
-                let last = past.entry(one.logical).or_insert((one.epoch, one.runs_nowhere));
-                if one.epoch > last.0 {
-                    *last = (one.epoch, one.runs_nowhere);
-                } else if one.epoch == last.0 {
+                let last = past.entry(one.logical.clone()).or_insert_with(|| one.clone());
+                if one.epoch > last.epoch {
+                    *last = one;
+                } else if one.epoch == last.epoch {
                     // The same life, which ended in one of two devices: the one that knows less.
-                    last.1 &= one.runs_nowhere;
+                    last.runs_nowhere &= one.runs_nowhere;
+                    last.handed_over |= one.handed_over;
                 }
             }
             here.entry(record.logical).or_default().push((view.name, stands));
@@ -85,8 +88,17 @@ impl Whereabouts {
             return None;
         }
         let stated = device.logical_device.epoch;
-        if self.past.get(id).is_some_and(|(epoch, runs_nowhere)| *runs_nowhere && *epoch >= stated) {
-            return None;
+        match self.past.get(id) {
+            Some(past) if past.runs_nowhere && past.epoch >= stated => return None,
+            // Whatever was meant for the source when the checkpoint was made, its state went on after that, and elsewhere.
+            Some(past) if past.handed_over && past.epoch > stated => {
+                return blocked(format!(
+                    "the state is of logical device {id} in epoch {stated}, which this agent has handed over to another \
+                     since, where it runs in epoch {}",
+                    past.epoch
+                ));
+            }
+            Some(_) | None => {}
         }
         match disposition {
             SourceDisposition::RunsOn => blocked(format!(

@@ -42,6 +42,7 @@ fn view(id: &str) -> DeviceView {
             rate_bytes_per_second: None,
             quarantined: false,
             left_stopped: false,
+            handed_over: false,
             past: Vec::new(),
         }),
         lease: None,

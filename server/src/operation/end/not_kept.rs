@@ -18,6 +18,8 @@ pub(in crate::operation) enum Why {
     NotKept,
     /// It cannot be opened now.
     NotOpen,
+    /// It is not configured any more.
+    NotConfigured,
 }
 
 impl Why {
@@ -30,6 +32,11 @@ impl Why {
             }
             Self::NotOpen => {
                 format!("{device} is not open, so it is not known what it carries: look at its standing")
+            }
+            Self::NotConfigured => {
+                format!(
+                    "{device} is not configured any more, so it is not known what it carries: configure it again"
+                )
             }
         }
     }
@@ -44,10 +51,7 @@ pub(in crate::operation) fn not_kept(
     quarantined: Vec<DeviceName>,
     step: &RecordedStep,
 ) -> End {
-    let mut told: Vec<String> = lost.iter().map(|(device, why)| why.told_of(device)).collect();
-    if told.is_empty() {
-        told.push("a device of its set is not configured any more".to_owned());
-    }
+    let told: Vec<String> = lost.iter().map(|(device, why)| why.told_of(device)).collect();
     let told = told.join("; ");
     let lost: Vec<DeviceName> = lost.into_iter().map(|(device, _)| device).collect();
     let mut end = End::new(EndResult::Failed, EndOutcome::StateLost).because(

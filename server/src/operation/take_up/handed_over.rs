@@ -13,20 +13,19 @@
 
 use std::sync::Arc;
 
+use vfio_checkpoint_device::DeviceLane;
 use vfio_checkpoint_device::operation::{self, RecordedSave, Settled, Word};
-use vfio_checkpoint_device::{DeviceLane, chain};
 use vfio_checkpoint_fsm::handover::OfferStep;
 use vfio_checkpoint_fsm::{Role, SavePlan, SaveState, State};
 
-use super::{bring_back, not_kept};
+use super::{Found, There, bring_back, not_kept};
 use crate::core::Core;
 use crate::migration::Offer;
 use crate::operation::caller::EntryCaller;
 use crate::operation::end::{self, End};
 use crate::operation::entry::Entry;
 use crate::operation::record::RecordedStep;
-use crate::registry::Lease;
-use crate::registry::opening::Arrived;
+use crate::registry::{Lease, Slot};
 
 /// All of its devices were kept.
 pub(super) async fn adopted(
@@ -56,14 +55,13 @@ pub(super) async fn adopted(
 pub(super) async fn in_part(
     core: &Arc<Core>,
     entry: &Arc<Entry>,
-    lease: &Lease,
     step: &RecordedStep,
-    arrived: &[Arrived],
+    there: &[There],
 ) -> End {
     let mut offer = Offer::new(Arc::clone(core), Arc::clone(entry), None);
     let settled = if *step == RecordedStep::LettingGo {
         Settled::There
-    } else if stand_still(lease, arrived) {
+    } else if stand_still(there) {
         // Nothing that was kept runs here, so it may run there.
         offer.settle(Word::Commit).await
     } else {
@@ -71,26 +69,28 @@ pub(super) async fn in_part(
     };
     match settled {
         Settled::There => {
-            if let Err(error) = core.record_step(entry, RecordedStep::LettingGo).await {
-                tracing::error!(error = %chain(&error), "not recorded; the destination is asked again after a restart");
-            }
-            for (slot, how) in lease.slots().iter().zip(arrived) {
-                if *how == Arrived::Adopted {
-                    // One that resists is found quarantined when it is read back.
-                    let _ = bring_back(slot, Role::Source, true).await;
+            core.record_surely(entry, RecordedStep::LettingGo).await;
+            for There { slot, how, .. } in there {
+                match how {
+                    // One that resists is seen as not reset at the end.
+                    Found::Kept | Found::KeptSince => {
+                        let _ = bring_back(slot.as_ref(), Role::Source, true).await;
+                    }
+                    Found::Opened | Found::NotOpen | Found::NotConfigured => {}
                 }
             }
             end::handed_over(entry)
         }
-        Settled::Here(_) => not_kept(core, entry, lease, step, arrived).await,
+        Settled::Here(_) => {
+            // Before anything runs here again: a later life of the agent must not have the destination run it.
+            core.record_surely(entry, RecordedStep::Begun).await;
+            not_kept(core, entry, step, there).await
+        }
     }
 }
 
 /// Whether every device that was kept is where the hand-over left it.
-fn stand_still(lease: &Lease, arrived: &[Arrived]) -> bool {
-    lease
-        .slots()
-        .iter()
-        .zip(arrived)
-        .all(|(slot, how)| *how != Arrived::Adopted || matches!(slot.view().state, Some((State::Stop, _))))
+fn stand_still(there: &[There]) -> bool {
+    let stands = |slot: &Arc<Slot>| matches!(slot.view().state, Some((State::Stop, _)));
+    there.iter().all(|device| device.how != Found::Kept || device.slot.as_ref().is_some_and(stands))
 }

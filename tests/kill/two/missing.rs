@@ -1,0 +1,210 @@
+//! A device that is not there when its agent is back: it cannot be taken over yet, or is not configured any more. Whatever
+//! the holder keeps of it stays as it was, and nothing of it runs by mistake later.
+//!
+//! ```text
+//!   source, COMMITTING      the destination runs it; found again: quarantined, and good for nothing but a reset
+//!   destination, RUNNING    BROKEN: nobody can say that it does not run, so the source resumes only past a statement
+//!   destination, HELD       REFUSED: it was never told to run, and stays quarantined until somebody resets it
+//! ```
+
+use rustix::process::Signal;
+use tonic::Code;
+use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_proto::v1;
+
+use super::settle::After;
+use super::{Move, Pair, becomes};
+use crate::faulty::Faulty;
+use crate::figure;
+use crate::here::{RETRY, begin};
+use crate::job::done;
+use crate::lab::PATIENCE;
+
+impl Pair {
+    /// Begins a migration, and kills one side where it comes to a step.
+    async fn dies(&mut self, job: &Move, side: usize, point: &str) {
+        self.nodes[side].arm(point, 1).await;
+        let driving = self.driven(job).await;
+        self.nodes[side].stopped(point).await;
+        self.kill(side);
+        driving.abort();
+        let _ = driving.await;
+    }
+
+    /// The migration, once its source knows how it ended.
+    async fn over(&self, client: &Client, job: &Move) -> v1::Operation {
+        let name = self.recorded(client, job).await.expect("it was begun").name;
+        done(client, &name).await.unwrap()
+    }
+}
+
+/// Asserts that a device is quarantined in a state, and is brought back by nothing but a reset.
+async fn is_good_for_a_reset_only(client: &Client, state: v1::MigrationState) {
+    let request = v1::GetDeviceRequest { name: "devices/nic0".to_owned() };
+    let device = client.get_device(request).await.unwrap().device.unwrap();
+    assert_eq!(device.standing(), v1::DeviceStanding::Quarantined, "{device:?}");
+    assert_eq!(device.state(), state, "{device:?}");
+    let reset = |mode: v1::ResetMode| v1::ResetDeviceRequest {
+        name: device.name.clone(),
+        mode: mode.into(),
+        ..Default::default()
+    };
+    let refused = client.reset_device(reset(v1::ResetMode::KeepState)).await.unwrap_err();
+    let refusal = refused.refusal().unwrap();
+    assert_eq!(refusal.code, Code::FailedPrecondition, "{refusal}");
+    assert!(client.reset_device(reset(v1::ResetMode::DiscardState)).await.unwrap().state_lost);
+}
+
+/// The holder has a device that was handed over, and the agent gets at it only once all is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_over_does_not_run_when_it_is_adopted_late() {
+    let mut pair = Pair::new(1, true).await;
+    let (home, job) = (pair.home, Move::new(false));
+    pair.dies(&job, home, "after commit of COMMITTING").await;
+    let faulty = Faulty::new();
+    faulty.gate(RETRY);
+    faulty.break_lane("adopt", 0);
+    let agent = begin(&pair.nodes[home], &faulty).await;
+    let client = pair.nodes[home].client_of(&agent).await;
+    let ended = pair.over(&client, &job).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::Moved, "{ended:?}");
+    faulty.mend();
+    // Some of the waits of this length are for an answer of the destination.
+    for _ in 0..8 {
+        faulty.pass(RETRY);
+    }
+    let mut watching = client.watch_devices(v1::WatchDevicesRequest::default()).await.unwrap();
+    let found = async {
+        loop {
+            let device = watching.next().await.unwrap().unwrap().device.unwrap();
+            if device.standing() != v1::DeviceStanding::Unavailable {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("it is adopted");
+    pair.watch.check(&pair.own, pair.kept_since);
+    is_good_for_a_reset_only(&client, v1::MigrationState::Stop).await;
+    agent.stop().await.unwrap();
+    pair.start(home).await;
+    pair.settle(&job, After::Moves).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 device that was handed over and adopted late: it did not run again");
+}
+
+/// The same, where somebody took the device out of the configuration meanwhile, and puts it back.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_over_does_not_run_when_it_is_configured_again() {
+    let mut pair = Pair::new(1, true).await;
+    let (home, job) = (pair.home, Move::new(false));
+    pair.dies(&job, home, "after commit of COMMITTING").await;
+    let config = pair.nodes[home].without_devices();
+    pair.start(home).await;
+    let ended = pair.over(&pair.nodes[home].client().await, &job).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::Moved, "{ended:?}");
+    pair.kill(home);
+    pair.nodes[home].restore_config(&config);
+    pair.start(home).await;
+    pair.watch.check(&pair.own, pair.kept_since);
+    is_good_for_a_reset_only(&pair.nodes[home].client().await, v1::MigrationState::Stop).await;
+    pair.settle(&job, After::Moves).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 device that was handed over and configured again: it did not run again");
+}
+
+/// The reset of a source does not come to its end. A later life of the agent, to which the device answers, does not take what
+/// it finds for a device of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_over_and_hangs_in_its_reset_stays_quarantined() {
+    let mut pair = Pair::configured(1, true, &["limits.device_call_timeout = \"2s\""]).await;
+    let (home, job) = (pair.home, Move::new(false));
+    pair.nodes[home].arm("save: LettingGo", 1).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[home].stopped("save: LettingGo").await;
+    pair.nodes[home].signal_device(0, Signal::STOP);
+    pair.nodes[home].release();
+    driving.await.unwrap();
+    let ended = pair.over(&pair.nodes[home].client().await, &job).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::Moved, "{ended:?}");
+    pair.kill(home);
+    pair.nodes[home].signal_device(0, Signal::CONT);
+    pair.start(home).await;
+    pair.watch.check(&pair.own, pair.kept_since);
+    // The process has done what it was told last.
+    is_good_for_a_reset_only(&pair.nodes[home].client().await, v1::MigrationState::Running).await;
+    pair.settle(&job, After::Moves).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 device that was handed over and hung in its reset: it stays quarantined");
+}
+
+/// An arrival whose device may run is not told as lost because nobody looks at it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
+    let mut pair = Pair::new(1, true).await;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.dies(&job, away, "read back").await;
+    let config = pair.nodes[away].without_devices();
+    pair.start(away).await;
+    let client = pair.nodes[home].client().await;
+    let name = pair.recorded(&client, &job).await.unwrap().name;
+    let broken = becomes(&client, &name, |operation| {
+        operation.handover.as_ref().is_some_and(|known| known.verdict() == v1::HandoverVerdict::Broken)
+    });
+    assert!(tokio::time::timeout(PATIENCE, broken).await.expect("it is told").unwrap());
+    let resume = v1::ResolveRequest {
+        operation: name.clone(),
+        resolution: v1::Resolution::ResumeHere.into(),
+        ..Default::default()
+    };
+    let refusal = client.resolve(resume).await.unwrap_err();
+    assert_eq!(refusal.refusal().unwrap().code, Code::FailedPrecondition, "{refusal}");
+    // It runs still, in the holder's hands, and is left alone when it is found again.
+    pair.kill(away);
+    pair.nodes[away].restore_config(&config);
+    pair.start(away).await;
+    pair.watch.check(&pair.own, pair.kept_since);
+    let let_go = v1::ResolveRequest {
+        operation: name.clone(),
+        resolution: v1::Resolution::LetGo.into(),
+        accept_loss: true,
+        statement: "the destination's device runs".to_owned(),
+        ..Default::default()
+    };
+    assert_eq!(client.resolve(let_go).await.unwrap().refused, "");
+    done(&client, &name).await.unwrap();
+    let looking = pair.nodes[away].client().await;
+    let device = pair.nodes[away].devices(&looking).await.remove(0);
+    assert_eq!(
+        (device.standing(), device.state()),
+        (v1::DeviceStanding::Quarantined, v1::MigrationState::Running),
+        "{device:?}"
+    );
+    pair.watch.check(&pair.own, None);
+    figure("1 arrival whose device was not configured any more: BROKEN, and resumed by no word alone");
+}
+
+/// A device of a set does not start, and the agent dies before it has told anybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
+    let mut pair = Pair::new(2, true).await;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.watch.refuse(&format!("{}/1", super::NAMES[away]), "RUNNING");
+    // Once more than without a quarantine: the step stays, and the devices' records change.
+    pair.nodes[away].arm("after commit of RUNNING", 2).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[away].stopped("after commit of RUNNING").await;
+    pair.kill(away);
+    driving.await.unwrap();
+    pair.start(away).await;
+    let client = pair.nodes[home].client().await;
+    let name = pair.recorded(&client, &job).await.unwrap().name;
+    let broken = becomes(&client, &name, |operation| {
+        operation.handover.as_ref().is_some_and(|known| known.verdict() != v1::HandoverVerdict::Unspecified)
+    });
+    assert!(tokio::time::timeout(PATIENCE, broken).await.expect("it is told").unwrap());
+    let operation = pair.recorded(&client, &job).await.unwrap();
+    assert_eq!(operation.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Broken, "{operation:?}");
+    assert!(operation.handover.as_ref().unwrap().in_doubt, "{operation:?}");
+    pair.watch.check(&pair.own, pair.kept_since);
+    figure("1 set of which a part ran, killed before it was told: BROKEN");
+}
