@@ -7,7 +7,8 @@
 //! ```
 //!
 //! # Invariants
-//! - [`Offer::settle`] answers only with what the destination has on record, or with what an admin has put on record here.
+//! - [`Offer::settle`] answers only with what the destination has on record, or with what an admin has put on record here,
+//!   and of these with the one that came first.
 //!
 //! # Failure paths
 //! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
@@ -120,8 +121,17 @@ impl Offer {
             v1::HandoverVerdict::Lost => Verdict::Lost,
             v1::HandoverVerdict::Broken => Verdict::Broken,
         };
-        self.entry.hand_over(|handover| handover.record.verdict = Some(verdict.into()));
         let message: String = told.message.chars().take(1024).collect();
+        {
+            // A decision that is being put on record comes first, and what comes after it is too late: whoever decided is
+            // told that it is done.
+            let _one_at_a_time = self.entry.recording.lock().await;
+            if let Some(settled) = self.resolved() {
+                tracing::warn!(operation = %self.entry.fixed.name, %verdict, message, "answered after an admin has decided");
+                return Some(settled);
+            }
+            self.entry.hand_over(|handover| handover.record.verdict = Some(verdict.into()));
+        }
         let Some(event) = verdict.event() else {
             // What has run there is not undone by running it here: somebody has to decide.
             self.doubt(format!("the destination has said {verdict}: {message}"));

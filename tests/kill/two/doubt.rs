@@ -6,8 +6,11 @@
 //!     |-- the destination comes back: its answer ends it
 //!     |-- Resolve RESUME_HERE: refused, but with peer_is_fenced and a statement   -> runs here, under an epoch of its own
 //!     '-- Resolve LET_GO: refused, but with accept_loss and a statement           -> reset here
+//!
+//!   source: the decision is being written --stopped--> the answer comes in --released--> what was decided is done
 //! ```
 
+use tokio::task::JoinHandle;
 use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client};
 use vfio_checkpoint_proto::v1;
@@ -190,4 +193,102 @@ async fn a_source_lets_go_on_the_word_of_whoever_accepts_the_loss() {
     pair.watch.check(&pair.own, pair.kept_since);
     pair.moves(&Move::new(false)).await;
     figure("1 source in doubt that let go: what its destination had runs there, alone");
+}
+
+impl Pair {
+    /// Has an admin decide about a migration in doubt, and stops its source while that is being written.
+    async fn being_decided(
+        &mut self,
+        request: v1::ResolveRequest,
+    ) -> JoinHandle<Result<v1::ResolveResponse, CallError>> {
+        let home = self.home;
+        let client = self.nodes[home].client().await;
+        self.nodes[home].arm("before commit of COMMITTING", 1).await;
+        let deciding = tokio::spawn(async move { client.resolve(request).await });
+        self.nodes[home].stopped("before commit of COMMITTING").await;
+        deciding
+    }
+
+    /// Waits until the answer of the destination has come in at the source.
+    async fn answered(&mut self) {
+        let is_answered = |line: &str| (line == "at commit is answered").then_some(());
+        self.nodes[self.home].agent().wait_for("that it is answered", is_answered).await;
+    }
+}
+
+/// The destination answers COMMITTED and is fenced, while the decision that it is fenced is being put on record.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_resumes_as_was_decided_although_it_is_answered_meanwhile() {
+    let mut pair = Pair::new(1, true).await;
+    // In the node that is fenced it is gone.
+    pair.kept_since = None;
+    let before = pair.lives.clone();
+    let (home, away) = (pair.home, pair.away());
+    let job = Move::new(false);
+    pair.nodes[away].arm("after commit of RUNNING", 1).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[away].stopped("after commit of RUNNING").await;
+    driving.await.unwrap();
+    let operation = pair.in_doubt(&job, "has not answered yet").await;
+    let deciding = pair
+        .being_decided(v1::ResolveRequest {
+            peer_is_fenced: true,
+            statement: "its power goes off".to_owned(),
+            ..resolve(&operation, v1::Resolution::ResumeHere)
+        })
+        .await;
+    pair.nodes[away].release();
+    pair.answered().await;
+    pair.kill(away);
+    pair.nodes[away].kill_holder();
+    pair.nodes[away].kill_device(0);
+    pair.nodes[home].release();
+    assert_eq!(deciding.await.unwrap().unwrap().refused, "");
+    let client = pair.nodes[home].client().await;
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(
+        (ended.failure.as_ref().unwrap().reason.as_str(), ended.outcome()),
+        ("RESOLVED", v1::StateOutcome::Preserved),
+        "{ended:?}"
+    );
+    let now = pair.living().await;
+    assert!(now[0].id == before[0].id && now[0].epoch > before[0].epoch + 1, "it ran there: {now:?}");
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Own]);
+    figure(
+        "1 source that was answered while it was decided that it resumes: it resumed, and its copy was the last",
+    );
+}
+
+/// The destination answers REFUSED, while the decision that its source lets go is being put on record.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_lets_go_as_was_decided_although_it_is_refused_meanwhile() {
+    let mut pair = Pair::new(1, false).await;
+    let (home, away) = (pair.home, pair.away());
+    let job = Move::new(false);
+    pair.nodes[away].arm("restore: AwaitingReady", 1).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[away].stopped("restore: AwaitingReady").await;
+    pair.kill(away);
+    driving.await.unwrap();
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    let deciding = pair
+        .being_decided(v1::ResolveRequest {
+            accept_loss: true,
+            statement: "nobody needs it".to_owned(),
+            ..resolve(&operation, v1::Resolution::LetGo)
+        })
+        .await;
+    pair.start(away).await;
+    pair.answered().await;
+    pair.nodes[home].release();
+    assert_eq!(deciding.await.unwrap().unwrap().refused, "");
+    let client = pair.nodes[home].client().await;
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(
+        (ended.failure.as_ref().unwrap().reason.as_str(), ended.outcome()),
+        ("RESOLVED", v1::StateOutcome::StateLost),
+        "{ended:?}"
+    );
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Fresh]);
+    figure("1 source that was refused while it was decided that it lets go: it let go");
 }
