@@ -224,6 +224,7 @@ fn finds(plant: Plant) -> (Found, Setup) {
         }
         Plant::TicketTwice | Plant::OldTicket => (By(oracle::ONE_RECOVERABLE), again),
         Plant::LostIsRefused => (By(oracle::NO_FORK), plain),
+        Plant::CallsOffWhatIsLetGo => (By(oracle::NOT_CALLED_OFF), admin),
         Plant::OpensBeforeVerdict => {
             (By(oracle::TRUE_REPORT), Setup { budget: Budget { destination_crashes: 2, ..NOTHING }, ..plain })
         }

@@ -18,7 +18,7 @@ use vfio_checkpoint_fsm::handover::{ArrivalStep, OfferStep, Verdict};
 use vfio_checkpoint_fsm::{SaveState, State};
 
 use crate::handover::HandOver;
-use crate::world::{ATTEMPTS, Device, Holds, World, Wrong};
+use crate::world::{ATTEMPTS, Device, Holds, Word, World, Wrong};
 
 type Holding = fn(&HandOver, &World) -> bool;
 
@@ -33,9 +33,10 @@ pub(crate) const ENDS_AGREE: &str = "the end here and the verdict there agree";
 pub(crate) const TRUE_REFUSAL: &str = "what was refused has not run";
 pub(crate) const COMMIT_AFTER_PREPARED: &str = "Commit comes after Prepared";
 pub(crate) const NO_FORK: &str = "what has run there runs here on an administrator's word alone";
+pub(crate) const NOT_CALLED_OFF: &str = "what was let go of here is not called off there";
 
 /// All properties.
-pub(crate) const PROPERTIES: [(&str, Holding); 11] = [
+pub(crate) const PROPERTIES: [(&str, Holding); 12] = [
     (ONE_RUNNING, one_running),
     (ONE_RECOVERABLE, one_recoverable),
     (VERIFIED, |_, world| world.ghost.wrong != Some(Wrong::Unverified)),
@@ -51,6 +52,10 @@ pub(crate) const PROPERTIES: [(&str, Holding); 11] = [
         world.source.durable != OfferStep::Committing || world.ghost.prepared[usize::from(world.attempt)]
     }),
     (NO_FORK, |_, world| world.ghost.wrong != Some(Wrong::Fork)),
+    (NOT_CALLED_OFF, |_, world| {
+        let let_go = (0..ATTEMPTS).find(|at| world.ghost.ends[*at] == Some(SaveState::HandedOver));
+        let_go.is_none_or(|at| !world.said[at].has(Word::Abandon))
+    }),
 ];
 
 fn one_running(_: &HandOver, world: &World) -> bool {

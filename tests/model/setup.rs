@@ -109,10 +109,12 @@ pub(crate) enum Plant {
     NoDeadlineAfterCrash,
     /// The source does not ask again after a crash.
     AsksOnce,
+    /// The source says Abandon of what an administrator has let go of.
+    CallsOffWhatIsLetGo,
 }
 
 impl Plant {
-    pub(crate) const ALL: [Self; 22] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::CommitsBeforePrepared,
         Self::RunsUnprepared,
         Self::ResumesOnSilence,
@@ -135,6 +137,7 @@ impl Plant {
         Self::OpensBeforeVerdict,
         Self::NoDeadlineAfterCrash,
         Self::AsksOnce,
+        Self::CallsOffWhatIsLetGo,
     ];
 }
 

@@ -57,8 +57,13 @@ impl HandOver {
         }
         if let Some(end) = source.ended {
             actions.push(Do::Settles);
-            if matches!(end, SaveState::Aborted { .. } | SaveState::Lost { .. }) {
+            let is_called_off = matches!(end, SaveState::Aborted { .. } | SaveState::Lost { .. });
+            if is_called_off || self.setup.planted(Plant::CallsOffWhatIsLetGo) {
                 actions.push(Do::Abandons);
+            }
+            if end == SaveState::HandedOver {
+                // An administrator may have let go of it before this was sent.
+                actions.push(Do::SendsCommit);
             }
             let again = self.setup.second != Second::None && world.attempt == 0;
             if again && matches!(end, SaveState::Aborted { .. }) {

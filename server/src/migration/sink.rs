@@ -4,6 +4,8 @@
 //!   device::operation::save --chunk, seal--> WireSink ==> destination
 //!   Committing on record    --settle-------> Offer: CommitHandover, again and again, until there is a verdict
 //!                                                   or an admin's decision is on record
+//!   the end on record       --farewell-----> AbandonHandover where it stayed here, CommitHandover where it was let go of
+//!                                            without an answer; then GetHandover{settled}
 //! ```
 //!
 //! # Invariants
@@ -12,7 +14,9 @@
 //!
 //! # Failure paths
 //! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
-//! A farewell is tried again for half a minute, because both agents may just be starting.
+//! A farewell is tried again for half a minute, because both agents may just be starting. Of devices that an admin let go
+//! it is `CommitHandover` once more, and never that nothing comes: what the destination has may be the last copy. It is
+//! tried for as long as a destination may wait for it, by an agent that lives so long.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +41,7 @@ use crate::transfer::WireSink;
 const SILENCE: Duration = Duration::from_secs(2);
 /// First and longest pause between two calls; each is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
-/// How long a destination is told that it will not be asked again.
+/// How long it is tried to tell a destination that it will not be asked again.
 const FAREWELL: Duration = Duration::from_secs(30);
 
 /// The devices of a migration, offered to its destination.
@@ -211,10 +215,19 @@ impl Offer {
         Ok(client)
     }
 
-    /// Tells the destination that it will not be asked again, and where the devices stayed here, that nothing comes any
-    /// more. Where that does not get through, it is left to its own deadline, and keeps its record.
+    /// Whether an admin has let the devices go.
+    fn is_let_go(&self) -> bool {
+        let decided = self.on_record().and_then(|known| known.resolution);
+        decided.is_some_and(|decided| !decided.resume_here)
+    }
+
+    /// Tells the destination that it will not be asked again, and before that what it may not know: where the devices stayed
+    /// here, that nothing comes any more; where they were let go of, that they are to run there. Where that does not get
+    /// through, it is left to its own deadline, and keeps its record.
     pub async fn farewell(mut self) {
         let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+        // No destination was asked to wait longer for the commit.
+        let waits = if self.is_let_go() { self.core.config.limits.max_wait } else { Duration::ZERO };
         let mut pause = PAUSES.0;
         let telling = async {
             loop {
@@ -239,7 +252,7 @@ impl Offer {
         tokio::select! {
             biased;
             () = telling => {}
-            () = deadline.sleep(FAREWELL) => {
+            () = deadline.sleep(FAREWELL.saturating_add(waits)) => {
                 tracing::info!("the destination is left to its own deadline, and keeps its record");
             }
         }
@@ -252,7 +265,10 @@ impl Offer {
         let secret = Bytes::copy_from_slice(&secret.0);
         let client = self.client().await?;
         let end = self.entry.view().end;
-        if let Some(failure) = end.and_then(|end| end.failure) {
+        if self.is_let_go() {
+            // Nothing of it is left here, so whatever is there may run, and nowhere else.
+            self.call(Word::Commit).await?;
+        } else if let Some(failure) = end.and_then(|end| end.failure) {
             let reason = failure.message.chars().take(1024).collect();
             let request =
                 v1::AbandonHandoverRequest { operation: operation.clone(), reason, secret: secret.clone() };

@@ -5,7 +5,8 @@
 //!   source: COMMITTING on record, devices in STOP: in doubt, also after it was killed
 //!     |-- the destination comes back: its answer ends it
 //!     |-- Resolve RESUME_HERE: refused, but with peer_is_fenced and a statement   -> runs here, under an epoch of its own
-//!     '-- Resolve LET_GO: refused, but with accept_loss and a statement           -> reset here
+//!     '-- Resolve LET_GO: refused, but with accept_loss and a statement           -> reset here, and the destination is
+//!                                                                                    told once more to run what it has
 //!
 //!   source: the decision is being written --stopped--> the answer comes in --released--> what was decided is done
 //! ```
@@ -15,6 +16,7 @@ use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client};
 use vfio_checkpoint_proto::v1;
 
+use super::relay::Way;
 use super::settle::After;
 use super::{Move, Pair, becomes};
 use crate::figure;
@@ -193,6 +195,57 @@ async fn a_source_lets_go_on_the_word_of_whoever_accepts_the_loss() {
     pair.watch.check(&pair.own, pair.kept_since);
     pair.moves(&Move::new(false)).await;
     figure("1 source in doubt that let go: what its destination had runs there, alone");
+}
+
+/// `CommitHandover` got lost on the wire, and the destination waits for it. What it has is the last copy once the source was
+/// let go of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_runs_what_its_source_has_let_go_of_before_it_was_told() {
+    let mut pair = Pair::new(1, true).await;
+    // In a device that waits loaded it cannot be seen.
+    pair.kept_since = None;
+    let before = pair.lives.clone();
+    let (home, away) = (pair.home, pair.away());
+    let job = Move::new(false);
+    pair.nodes[home].arm("after commit of COMMITTING", 1).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[home].stopped("after commit of COMMITTING").await;
+    driving.await.unwrap();
+    pair.relays[away].lead(Way::Nowhere);
+    pair.relays[away].cut();
+    pair.nodes[home].release();
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    let client = pair.nodes[home].client().await;
+    let request = v1::ResolveRequest {
+        accept_loss: true,
+        statement: "the node here is needed".to_owned(),
+        ..resolve(&operation, v1::Resolution::LetGo)
+    };
+    assert_eq!(client.resolve(request).await.unwrap().refused, "");
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(
+        (ended.failure.as_ref().unwrap().reason.as_str(), ended.outcome()),
+        ("RESOLVED", v1::StateOutcome::StateLost),
+        "{ended:?}"
+    );
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Fresh]);
+    let there = pair.nodes[away].client().await;
+    let arrival = ended.handover.unwrap().peer_operation;
+    let waits = v1::GetOperationRequest { name: arrival.clone() };
+    let waits = there.get_operation(waits).await.unwrap().operation.unwrap();
+    assert_eq!(waits.phase(), v1::OperationPhase::Prepared, "{waits:?}");
+
+    pair.lead(away);
+    let arrival = done(&there, &arrival).await.unwrap();
+    assert_eq!(arrival.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Committed, "{arrival:?}");
+    assert_eq!(pair.nodes[away].contents(&there).await, [Content::Own]);
+    pair.home = away;
+    let now = pair.living().await;
+    assert!(now[0].id == before[0].id && now[0].epoch > before[0].epoch, "{now:?}");
+    pair.lives = now;
+    pair.watch.check(&pair.own, pair.kept_since);
+    pair.moves(&Move::new(false)).await;
+    figure("1 source that let go of what its destination was not told to run: it was told then, and runs it");
 }
 
 impl Pair {
