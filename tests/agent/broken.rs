@@ -5,6 +5,7 @@ use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{device, done, failure, soon};
+use crate::lab::PATIENCE;
 use crate::migrations::{manual, moved, prepared, stayed, when};
 use crate::pair::{Pair, small};
 use crate::relay::{Fate, Relay};
@@ -32,6 +33,28 @@ async fn a_connection_that_breaks_is_gone_on_from_where_it_broke() {
     let handover = ended.handover.unwrap();
     assert_eq!(handover.reconnects, 2, "{handover:?}");
     assert!(handover.resent_bytes > 0 && handover.resent_bytes < ended.moved_bytes, "{handover:?}");
+    moved(&pair, &before);
+    pair.stop().await;
+}
+
+/// A device does not stand still for an outage, though all that is left of it would go into the spool at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_device_is_stopped_before_the_line_is_back() {
+    let pair = Pair::with(1, large, &[], &[], |config| config.server.stream_resume_window = PATIENCE).await;
+    let before = pair.digests();
+    let relay = Relay::to(&pair.destination, &[Fate::Lasts, Fate::CutAfter(2_000_000), Fate::Lasts]).await;
+    // The questions beforehand, and the stream. Whoever comes after that is turned away.
+    relay.admit(2);
+    let (source, _) = pair.migrator().await;
+    let name = pair.start(through(&relay)).await;
+    soon(relay.turned_away(5)).await;
+    assert_eq!(pair.here[0].device.state(), State::PreCopy);
+    let seen = soon(when(&source, &name, |seen| seen.moved_bytes > 4_000_000)).await;
+    assert_eq!(seen.phase(), v1::OperationPhase::PreCopy, "{seen:?}");
+    relay.admit(usize::MAX);
+    let ended = soon(done(&source, &name)).await;
+    assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
+    assert_eq!(ended.handover.unwrap().reconnects, 1);
     moved(&pair, &before);
     pair.stop().await;
 }

@@ -3,6 +3,7 @@
 //! ```text
 //!   client --TCP--> Relay --TCP--> agent       bytes as they are: TLS goes through
 //!                     cut_after(n): both ends are closed once so much went up
+//!                     admit(n): whoever comes after n connections is turned away
 //!                     mute(): nothing goes either way any more, and nothing is closed
 //! ```
 //! Each connection is told what to do when it comes; the last instruction stands for all that follow.
@@ -30,6 +31,9 @@ pub(crate) enum Fate {
 pub(crate) struct Relay {
     address: SocketAddr,
     connections: watch::Receiver<usize>,
+    turned_away: watch::Receiver<usize>,
+    /// How many connections are let through.
+    admitted: watch::Sender<usize>,
     mute: watch::Sender<Mute>,
 }
 
@@ -45,11 +49,18 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (count, connections) = watch::channel(0);
+        let (turn_away, turned_away) = watch::channel(0);
+        let admitted = watch::Sender::new(usize::MAX);
+        let limit = admitted.subscribe();
         let mute = watch::Sender::new(Mute::default());
         let fates = Arc::new(Mutex::new(VecDeque::from(fates.to_vec())));
         let (to, muted) = (agent.address(), mute.subscribe());
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
+                if *count.borrow() >= *limit.borrow() {
+                    turn_away.send_modify(|count| *count += 1);
+                    continue;
+                }
                 let Ok(far) = TcpStream::connect(to).await else { return };
                 let fate = {
                     let mut fates = fates.lock().unwrap();
@@ -63,7 +74,7 @@ impl Relay {
                 tokio::spawn(carry(near, far, fate, muted.clone()));
             }
         });
-        Self { address, connections, mute }
+        Self { address, connections, turned_away, admitted, mute }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -73,6 +84,16 @@ impl Relay {
     /// How many connections there have been.
     pub(crate) fn connections(&self) -> usize {
         *self.connections.borrow()
+    }
+
+    /// So many connections in all are let through. The others are closed at once.
+    pub(crate) fn admit(&self, connections: usize) {
+        self.admitted.send_replace(connections);
+    }
+
+    /// Waits until so many were not.
+    pub(crate) async fn turned_away(&self, connections: usize) {
+        self.turned_away.clone().wait_for(|count| *count >= connections).await.unwrap();
     }
 
     /// Nothing goes through any more, and no connection is closed.

@@ -30,6 +30,7 @@ use vfio_checkpoint_proto::v1::StreamMessage;
 use vfio_checkpoint_seal::{Seal, SealMismatch};
 
 use super::error::TransferError;
+use super::flow::Flow;
 use super::line::{Heard, Kept, Line, Room, Step, Want};
 use super::link::{self, Clock, Link, LinkError, Terms};
 use super::redial::{Redial, Redialer};
@@ -43,6 +44,7 @@ pub struct Giver {
     pub(super) terms: Terms,
     /// Of a giver whose stream can be resumed.
     pub(super) kept: Option<Kept>,
+    pub(super) flow: Flow,
     cutover: watch::Sender<bool>,
 }
 
@@ -55,6 +57,7 @@ impl Giver {
             side: GiverSide::new(&terms.session(Job::AutoSave)),
             terms,
             kept: None,
+            flow: Flow::default(),
             cutover: watch::Sender::new(false),
         }
     }
@@ -83,6 +86,11 @@ impl Giver {
     /// The same for whoever watches. Zero for ever, where the stream cannot be resumed.
     pub fn resent(&self) -> Resent {
         self.kept.as_ref().map(|kept| kept.resent.clone()).unwrap_or_default()
+    }
+
+    /// How the stream flows, for whoever watches.
+    pub fn flow(&self) -> Flow {
+        self.flow.clone()
     }
 
     /// The taker may say Cutover: this is a save with MANUAL cutover. Otherwise it breaks the protocol with it. Only before

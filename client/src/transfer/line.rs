@@ -253,6 +253,7 @@ impl Giver {
         let (Some(redialer), Some(old)) = (redialer, self.line.end()) else { return Err(broke) };
         let stream = self.terms.stream;
         tracing::warn!(%stream, acked = self.side.acked(), error = %broke, "the stream broke; it is dialed again");
+        self.flow.set_down(true);
         self.line = Line::Down(Outage { broke, tries: redialer.begin(stream), old });
         Ok(Step::Moved)
     }
@@ -282,6 +283,7 @@ impl Giver {
         kept.next = next_sequence;
         kept.redialer = Some(redialer);
         self.line = Line::up(link);
+        self.flow.set_down(false);
         tracing::info!(stream = %stream_id, next_sequence, "the stream goes on");
         Ok(Step::Moved)
     }

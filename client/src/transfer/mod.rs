@@ -18,7 +18,8 @@
 //!   Giver::resumable(spool, redial)  -- Open{resume} -->  Taker::reattach(link): it expects this frame next
 //!     goes on out of its spool       == Frame =======>    as if nothing had been
 //! ```
-//! The calls of a giver see nothing of it but that they take longer.
+//! The calls of a giver see nothing of it but that they take longer, or, while there is room in the spool, less long: whoever
+//! has to know that nothing goes over asks [`Giver::flow`].
 //!
 //! Invariants:
 //! - A half queues at most [`LINK_FRAMES`] messages. A giver whose taker does not read stands still.
@@ -34,6 +35,7 @@
 
 mod body;
 mod error;
+mod flow;
 mod give;
 mod line;
 mod link;
@@ -47,6 +49,7 @@ mod tests;
 
 pub use body::{Incoming, Outgoing, Refused};
 pub use error::{TransferError, Unresumed};
+pub use flow::Flow;
 pub use give::{CutoverSignal, Giver, Resent};
 pub use link::{LINK_FRAMES, Link, LinkError, Terms};
 pub use open::{DialOptions, Dialed, GiveState, OpenStreamError, TakeState, dial, dial_with};

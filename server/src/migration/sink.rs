@@ -322,6 +322,10 @@ impl StateSink for HandoverSink {
         self.offer.settle(word)
     }
 
+    fn is_down(&self) -> bool {
+        self.wire.is_down()
+    }
+
     fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
         self.wire.discard()
     }

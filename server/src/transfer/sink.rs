@@ -10,7 +10,8 @@
 //! hear that the agent is still there.
 //!
 //! With a giver that is `resumable` a connection that breaks is no more to the operation than a taker that is slow: what is
-//! given goes into the giver's spool while it dials. Only what it cannot mend is told as broken.
+//! given goes into the giver's spool while it dials. Only what it cannot mend is told as broken. But no device is stopped
+//! meanwhile, so the operation is told that the line is down where it asks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::pending;
 use tokio::sync::{mpsc, oneshot, watch};
-use vfio_checkpoint_client::transfer::{CutoverSignal, Giver, Resent, TransferError};
+use vfio_checkpoint_client::transfer::{CutoverSignal, Flow, Giver, Resent, TransferError};
 use vfio_checkpoint_device::ConfigCapture;
 use vfio_checkpoint_device::operation::{BoxError, StateSink};
 use vfio_checkpoint_proto::domain::Progress;
@@ -45,6 +46,7 @@ pub struct SinkWatch {
     broken: watch::Receiver<Option<Shared>>,
     cutover: CutoverSignal,
     resent: Resent,
+    flow: Flow,
 }
 
 #[derive(Debug)]
@@ -68,7 +70,8 @@ impl WireSink {
         let (commands, queue) = mpsc::channel(1);
         let (give_up, ending) = mpsc::channel(1);
         let (tell, broken) = watch::channel(None);
-        let watch = SinkWatch { broken, cutover: giver.cutover_signal(), resent: giver.resent() };
+        let (cutover, resent, flow) = (giver.cutover_signal(), giver.resent(), giver.flow());
+        let watch = SinkWatch { broken, cutover, resent, flow };
         let pump = Pump {
             giver,
             entry: Arc::clone(&entry),
@@ -159,6 +162,10 @@ impl StateSink for WireSink {
     /// The mark is in the journal, and so in the operation that the taker reads: its stream was over with the seal.
     async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
         Ok(())
+    }
+
+    fn is_down(&self) -> bool {
+        self.watch.flow.is_down()
     }
 
     /// The taker learns it from the operation, and where it still listens, when the operation is given up.

@@ -233,6 +233,8 @@ async fn while_there_is_no_line_the_spool_takes_what_it_can_and_then_the_giver_w
         let mut giver =
             Giver::new(link, terms.clone()).resumable(spool, Box::new(Desk(desk)), WINDOW).unwrap();
         wire.send.send(Err(LinkError::ended("cable"))).await.unwrap();
+        let flow = giver.flow();
+        assert!(!flow.is_down(), "nobody has found out");
         let counter = tokio::sync::watch::Sender::new(0_usize);
         let count = counter.subscribe();
         let giving = async {
@@ -255,6 +257,7 @@ async fn while_there_is_no_line_the_spool_takes_what_it_can_and_then_the_giver_w
             let stopped_at = *count.borrow();
             let least = if disk_bytes == 0 { 6 } else { 15 };
             assert!((least..=limit).contains(&stopped_at), "{stopped_at} of {limit}");
+            assert!(flow.is_down());
             let (give, take) = cable(usize::MAX);
             let mut taker = Taker::new(take, terms.clone());
             drop(answer.send(Ok(Dialed { opened: opened(0), link: give })));
@@ -267,6 +270,7 @@ async fn while_there_is_no_line_the_spool_takes_what_it_can_and_then_the_giver_w
             }
             taker.complete().await.unwrap();
             assert_eq!(bytes, 100 * CHUNK_BYTES as u64);
+            assert!(!flow.is_down());
         };
         tokio::join!(giving, answering);
     }

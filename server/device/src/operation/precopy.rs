@@ -2,7 +2,7 @@
 //!
 //! Pre-copy goes on while it makes the stop shorter. It ends when the downtime predicted from what is left and the
 //! measured rate fits the limit, or when its budget of time is spent; then the caller says whether to stop all the
-//! same or to give up.
+//! same or to give up. No device is stopped while nothing goes over to whoever takes its state.
 
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ pub struct Left {
 pub struct Pace {
     copied_bytes: u64,
     /// Since the device had nothing last.
+    new_bytes: u64,
+    /// Of these, what was measured.
     pass: Pass,
     /// The rate is measured on the largest pass: those that bring a few dirty pages take their time for few bytes, which
     /// says nothing about a stop.
@@ -66,7 +68,6 @@ impl Pace {
     /// Takes in a read of so many bytes. Pauses, and the copying of other devices, are not part of what it took: a stop
     /// has none.
     pub fn read(&mut self, bytes: u64, took: Duration, nothing_now: bool) {
-        self.copied_bytes = self.copied_bytes.saturating_add(bytes);
         if bytes > 0 {
             self.pass.bytes = self.pass.bytes.saturating_add(bytes);
             self.pass.copying = self.pass.copying.saturating_add(took);
@@ -74,8 +75,22 @@ impl Pace {
         if self.pass.bytes >= self.largest.bytes {
             self.largest = self.pass;
         }
+        self.count(bytes, nothing_now);
+    }
+
+    /// The same for a read that says nothing about a rate: what it brought went nowhere yet.
+    pub fn read_ahead(&mut self, bytes: u64, nothing_now: bool) {
+        // What was measured of this pass before is not the whole of it any more.
+        self.pass = Pass::default();
+        self.count(bytes, nothing_now);
+    }
+
+    fn count(&mut self, bytes: u64, nothing_now: bool) {
+        self.copied_bytes = self.copied_bytes.saturating_add(bytes);
+        self.new_bytes = self.new_bytes.saturating_add(bytes);
         if nothing_now {
             self.had_nothing = true;
+            self.new_bytes = 0;
             self.pass = Pass::default();
         }
     }
@@ -83,7 +98,7 @@ impl Pace {
     /// Where a device does not say what is dirty, it is what came since it had nothing: the like of it may be dirty
     /// again. All of the first pass is new.
     fn dirty_bytes(&self) -> u64 {
-        if self.had_nothing { self.pass.bytes } else { 0 }
+        if self.had_nothing { self.new_bytes } else { 0 }
     }
 
     /// How long so many bytes take, where a rate is known.
@@ -125,6 +140,13 @@ impl PrecopyPolicy {
         } else {
             Decision::GiveUp
         }
+    }
+
+    /// Decides while nothing goes over to whoever takes the state. A device that was stopped now would stand still until
+    /// something does again, so none is, however little is left of it and however late it is: the sink fails where it takes
+    /// too long.
+    pub fn decide_while_down(&self, elapsed: Duration) -> Decision {
+        if elapsed < self.time_budget || self.stop_over_limit { Decision::Continue } else { Decision::GiveUp }
     }
 
     /// No device has more to hand out, and for one of them it cannot be told what a stop takes: it does not say what is

@@ -34,6 +34,12 @@ pub trait StateSink: Send {
         std::future::ready(Settled::Here(Box::from("nobody takes devices over from here")))
     }
 
+    /// Whether nothing goes through now: what is given is kept on this side until something does again, or the sink fails. No
+    /// device stops for it meanwhile, and how fast it takes what it is given says nothing.
+    fn is_down(&self) -> bool {
+        false
+    }
+
     /// What was written, sealed or not, is no checkpoint. An error changes nothing: what resists is left over.
     fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
 }

@@ -32,9 +32,11 @@ impl<S: StateSink> SaveRun<'_, S> {
             for index in 0..self.set.len() {
                 left.push(self.pre_copy_some(index).await?);
             }
-            self.predicted_downtime = Left::predicted_downtime_of(&left);
+            // A stop that began now would last for as long as nothing goes over, which nobody can tell.
+            let is_down = self.sink.is_down();
+            self.predicted_downtime = if is_down { None } else { Left::predicted_downtime_of(&left) };
             self.tell();
-            if let Some(event) = self.cutover_now(&left)? {
+            if let Some(event) = self.cutover_now(&left, is_down)? {
                 return Ok(self.cut_over(event));
             }
             if left.iter().all(|left| left.nothing_now) {
@@ -53,18 +55,20 @@ impl<S: StateSink> SaveRun<'_, S> {
         event
     }
 
-    /// Whether pre-copy has done enough: by the policy, or by the caller's word alone.
-    fn cutover_now(&mut self, left: &[Left]) -> Result<Option<SaveEvent>, Noted> {
-        let elapsed = self.set.elapsed();
+    /// Whether pre-copy has done enough: by the policy, or by the caller's word alone, whose workload may stand still for it
+    /// already.
+    fn cutover_now(&mut self, left: &[Left], is_down: bool) -> Result<Option<SaveEvent>, Noted> {
+        let (elapsed, policy) = (self.set.elapsed(), self.terms.policy);
         match self.plan.cutover {
-            Cutover::Auto => match self.terms.policy.decide(left, elapsed) {
-                Decision::CutOver => Ok(Some(SaveEvent::CutoverDue)),
-                Decision::Continue => Ok(None),
-                Decision::GiveUp => {
-                    let limit = self.terms.policy.downtime_limit;
-                    Err(self.set.fail(Cause::Downtime { limit }))
+            Cutover::Auto => {
+                let decision =
+                    if is_down { policy.decide_while_down(elapsed) } else { policy.decide(left, elapsed) };
+                match decision {
+                    Decision::CutOver => Ok(Some(SaveEvent::CutoverDue)),
+                    Decision::Continue => Ok(None),
+                    Decision::GiveUp => Err(self.set.fail(Cause::Downtime { limit: policy.downtime_limit })),
                 }
-            },
+            }
             Cutover::Manual if self.caller.cutover().now_or_never().is_some() => Ok(Some(SaveEvent::Cutover)),
             Cutover::Manual if elapsed >= self.terms.cutover_limit => Err(self.no_cutover()),
             Cutover::Manual => Ok(None),
@@ -105,7 +109,7 @@ impl<S: StateSink> SaveRun<'_, S> {
 
     /// Reads one batch while the device runs, and says what is left.
     async fn pre_copy_some(&mut self, index: usize) -> Result<Left, Noted> {
-        let (begun, copied) = (self.set.now(), self.progress[index].bytes);
+        let (begun, copied, was_down) = (self.set.now(), self.progress[index].bytes, self.sink.is_down());
         let (precopy, nothing_now) = match self.read_batch(index).await? {
             Then::More(info) => (info, false),
             Then::NothingNow(info) => (info, true),
@@ -114,7 +118,13 @@ impl<S: StateSink> SaveRun<'_, S> {
         };
         let bytes = self.progress[index].bytes.saturating_sub(copied);
         let took = self.set.now().saturating_sub(begun);
-        self.flows[index].pace.read(bytes, took, nothing_now);
+        let pace = &mut self.flows[index].pace;
+        if was_down || self.sink.is_down() {
+            // It went into whatever keeps it meanwhile, or waited for room there.
+            pace.read_ahead(bytes, nothing_now);
+        } else {
+            pace.read(bytes, took, nothing_now);
+        }
         let stop_copy = self.ask_size(index).await?;
         self.progress[index].precopy = precopy;
         Ok(Left { precopy, stop_copy, nothing_now, pace: self.flows[index].pace })

@@ -1,0 +1,113 @@
+//! A sink behind a line that breaks, slows down, or says late what went over: when a device stops for it, and what is
+//! predicted.
+
+use std::ops::Range;
+
+use super::*;
+use crate::Clock;
+use crate::executor::VirtualTime;
+
+const MS: Duration = Duration::from_millis(1);
+
+/// Takes each chunk in this time, but at once while its line is down.
+struct Line {
+    memory: Memory,
+    time: Arc<VirtualTime>,
+    slot: SimDevice,
+    chunk_takes: Duration,
+    down: Range<Duration>,
+    /// When the first chunk came of a device that stands still.
+    stopped: Option<Duration>,
+}
+
+impl StateSink for Line {
+    async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
+        if self.slot.state() == State::StopCopy {
+            self.stopped.get_or_insert(self.time.now());
+        } else {
+            assert_eq!(self.slot.state(), State::PreCopy);
+        }
+        if !self.is_down() {
+            self.time.advance(self.chunk_takes);
+        }
+        self.memory.chunk(device, bytes).await
+    }
+
+    async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        self.memory.seal(config).await
+    }
+
+    async fn mark_inconsistent(&mut self) -> Result<(), BoxError> {
+        self.memory.mark_inconsistent().await
+    }
+
+    fn is_down(&self) -> bool {
+        self.down.contains(&self.time.now())
+    }
+
+    async fn discard(&mut self) -> Result<(), BoxError> {
+        self.memory.discard().await
+    }
+}
+
+/// A device, and a sink for it whose line is down for so long.
+fn line(change: fn(&mut SimConfig), down: Range<Duration>) -> (Node, Line) {
+    let inline = crate::Inline::new(7);
+    let time = inline.time();
+    let node = Node::on(Arc::new(inline), Arc::clone(&time), &configs(1, change), &[]);
+    let slot = node.slots[0].clone();
+    let line = Line { memory: Memory::new(1), time, slot, chunk_takes: 10 * MS, down, stopped: None };
+    (node, line)
+}
+
+const POLICY: PrecopyPolicy = PrecopyPolicy {
+    downtime_limit: Duration::from_millis(300),
+    time_budget: Duration::from_secs(1),
+    stop_over_limit: true,
+};
+
+/// A device is never stopped so that it stands still for an outage: not where nothing of it is left, and not where the time
+/// for pre-copy is over.
+#[test]
+fn no_device_stops_while_the_line_is_down() {
+    let busy: fn(&mut SimConfig) = |config| {
+        config.workload = Workload { dirty_bytes_per_second: 100_000, working_set_bytes: None };
+    };
+    for is_busy in [false, true] {
+        let end = Duration::from_secs(20);
+        let (node, mut sink) = line(if is_busy { busy } else { |_| () }, 15 * MS..end);
+        let policy =
+            if is_busy { PrecopyPolicy { downtime_limit: Duration::ZERO, ..POLICY } } else { POLICY };
+        let report = save(&node.lanes, RESUME, policy, &mut sink).unwrap();
+        let stopped = sink.stopped.expect("a stop has a rest");
+        assert!((end..end + 200 * MS).contains(&stopped), "{is_busy}: stopped at {stopped:?}");
+        assert!(report.downtime < Duration::from_secs(1), "{report:?}");
+    }
+}
+
+/// Whoever insists on the limit is not kept waiting for a line on which nothing could fit.
+#[test]
+fn a_budget_that_is_spent_while_the_line_is_down_ends_it_where_the_limit_is_to_be_kept() {
+    let (node, mut sink) = line(|_| (), 15 * MS..Duration::from_secs(20));
+    let before = node.digests();
+    let insist = PrecopyPolicy { stop_over_limit: false, ..POLICY };
+    let (cause, outcome, _) = failed(save(&node.lanes, RESUME, insist, &mut sink).unwrap_err());
+    assert!(matches!(cause, Cause::Downtime { .. }), "{cause}");
+    assert!(sink.stopped.is_none() && sink.time.now() < Duration::from_secs(2));
+    assert_eq!((outcome, node.digests()), (Outcome::Preserved, before));
+}
+
+/// What a spool takes while the line is down says nothing of how fast the line is.
+#[test]
+fn no_rate_is_measured_while_the_line_is_down() {
+    let busy: fn(&mut SimConfig) = |config| {
+        config.workload = Workload { dirty_bytes_per_second: 1 << 20, working_set_bytes: Some(64 << 10) };
+    };
+    for down in [Duration::ZERO..Duration::ZERO, 5 * MS..Duration::from_secs(2)] {
+        let (node, mut sink) = line(busy, down);
+        let policy = PrecopyPolicy { downtime_limit: Duration::from_secs(1), ..POLICY };
+        let report = save(&node.lanes, RESUME, policy, &mut sink).unwrap();
+        let predicted = report.predicted_downtime.expect("a rate is known");
+        assert!(predicted * 2 >= report.downtime, "{predicted:?}, and it took {:?}", report.downtime);
+    }
+}
