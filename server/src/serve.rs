@@ -430,15 +430,29 @@ async fn undo_all(core: &Core) {
     loop {
         let mut left = 0;
         for entry in core.operations.active() {
-            // Nobody can undo anything on a device that does not answer: the next agent takes it up.
-            // Nor about what another agent has been told to run.
+            // Nobody can undo anything on a device that does not answer: the next agent takes it up. Nor about what another
+            // agent has been told to run; but where nobody keeps it here its answer is waited for, as long as there is time.
             let phase = entry.view().phase;
-            let stays = matches!(phase, Phase::Held | Phase::Prepared) && !entry.fixed.job.gives()
-                || phase == Phase::Held;
-            if entry.signals.waits_for_device()
-                || stays && is_kept(&entry)
-                || phase == Phase::Committing && entry.fixed.job.gives()
-            {
+            let stays = match phase {
+                Phase::Held => true,
+                Phase::Prepared => !entry.fixed.job.gives(),
+                Phase::Committing => entry.fixed.job.gives(),
+                Phase::WaitingForStream
+                | Phase::Preparing
+                | Phase::PreCopy
+                | Phase::WaitingForCutover
+                | Phase::Stopping
+                | Phase::StopCopy
+                | Phase::Sealing
+                | Phase::Marking
+                | Phase::Loading
+                | Phase::Verifying
+                | Phase::Resuming
+                | Phase::LettingGo
+                | Phase::Unwinding
+                | Phase::Done => false,
+            };
+            if entry.signals.waits_for_device() || stays && is_kept(&entry) {
                 continue;
             }
             left += 1;

@@ -3,13 +3,14 @@
 use tonic::Code;
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_device::fault::Fault;
-use vfio_checkpoint_device::sim::{SimConfig, SizeReport};
+use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::{Capabilities, State};
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::migration::Tickets;
 
-use crate::flow::{at_once, device, done, failure, millis, refused, request_id, soon};
+use crate::flow::{at_once, device, done, failure, millis, refused, request_id, soon, violations};
 use crate::pair::{Pair, small};
+use crate::relay::Relay;
 
 /// The operation once it is as wanted.
 pub(crate) async fn when(
@@ -245,24 +246,38 @@ async fn a_device_that_cannot_start_is_refused_and_runs_on_at_the_source() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_limit_that_is_to_be_kept_is_kept() {
-    // Its size is not known, so nothing can be predicted that would be in the way.
-    let silent = |seed| SimConfig { data_size: SizeReport::Unknown, ..small(seed) };
-    let pair = Pair::with(1, silent, &[], &[], |_| {}).await;
-    let before = pair.digests();
-    let (source, _) = pair.migrator().await;
-    let name = pair
-        .start(|_, request| {
-            request.pre_copy = v1::PreCopyMode::Never.into();
-            request.no_convergence = v1::NoConvergence::Abort.into();
-            request.allow_unknown_size = true;
-            // One SET takes longer.
-            request.downtime_limit = Some(prost_types::Duration { seconds: 0, nanos: 1_000 });
-        })
-        .await;
-    let ended = soon(done(&source, &name)).await;
-    assert_eq!(failure(&ended), "DOWNTIME_LIMIT", "{ended:?}");
-    stayed(&pair, &(before.0, pair.digests().1));
+async fn a_limit_that_is_given_is_kept() {
+    let shortly = std::time::Duration::from_secs(1);
+    let pair = Pair::with(1, small, &[], &[], |config| config.server.stream_resume_window = shortly).await;
+    let (before, (source, _)) = (pair.digests(), pair.migrator().await);
+    let short = |nanos| Some(prost_types::Duration { seconds: 0, nanos });
+    let beforehand = pair.migrate(|_, request| request.downtime_limit = short(1_000)).await;
+    let refusal = refused(beforehand, Code::FailedPrecondition, "BLOCKED");
+    assert_eq!(violations(&refusal)[0].0, "BLOCKER_REASON_DOWNTIME_LIMIT", "{refusal}");
+
+    // What the destination says does not come back while the devices stand still. Whoever says Commit does not change that.
+    for commit in [v1::CommitMode::Auto, v1::CommitMode::Manual] {
+        let relay = Relay::to(&pair.destination, &[]).await;
+        let endpoint = format!("https://localhost:{}", relay.address().port());
+        let name = pair
+            .start(|_, request| {
+                request.target.as_mut().unwrap().endpoint = endpoint;
+                request.cutover = v1::CutoverMode::Manual.into();
+                request.commit = commit.into();
+                request.downtime_limit = short(700_000_000);
+            })
+            .await;
+        when(&source, &name, |seen| seen.phase() == v1::OperationPhase::PreCopy && seen.moved_bytes > 0)
+            .await;
+        relay.mute();
+        source.cutover(v1::CutoverRequest { operation: name.clone() }).await.unwrap();
+        let ended = soon(done(&source, &name)).await;
+        assert_eq!(failure(&ended), "DOWNTIME_LIMIT", "{ended:?}");
+        relay.heal();
+        let admin = pair.lab.client(&pair.destination, "admin").await;
+        soon(done(&admin, &ended.handover.unwrap().peer_operation)).await;
+        stayed(&pair, &(before.0.clone(), pair.digests().1));
+    }
     pair.stop().await;
 }
 
@@ -280,6 +295,7 @@ async fn a_dry_run_tells_of_both_sides_and_touches_nothing() {
     assert!(free.blockers.is_empty() && free.operation.is_none(), "{free:?}");
     let prediction = free.prediction.unwrap();
     assert!(prediction.round_trip.is_some() && prediction.version > 0 && prediction.pre_copy);
+    assert!(prediction.downtime.is_none() && prediction.downtime_at_most.is_some());
     let stop = dry(&|request| request.pre_copy = v1::PreCopyMode::Never.into()).await.unwrap();
     assert!(stop.prediction.unwrap().downtime.is_some());
 

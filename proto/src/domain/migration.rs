@@ -115,6 +115,10 @@ impl TryFrom<v1::MigrateRequest> for MigrateSpec {
             }
         };
         let ticket = ticket(&wire.ticket, wire.validate_only)?;
+        // A limit that the caller gives is one to be kept.
+        let is_kept =
+            wire.downtime_limit.is_some() && wire.no_convergence == i32::from(v1::NoConvergence::Unspecified);
+        let no_convergence = if is_kept { v1::NoConvergence::Abort.into() } else { wire.no_convergence };
         let save = save_parts(
             v1::StartSaveRequest {
                 devices: wire.devices,
@@ -123,7 +127,7 @@ impl TryFrom<v1::MigrateRequest> for MigrateSpec {
                 after: v1::AfterSave::Unspecified.into(),
                 downtime_limit: wire.downtime_limit,
                 pre_copy_budget: wire.pre_copy_budget,
-                no_convergence: wire.no_convergence,
+                no_convergence,
                 cutover_timeout: wire.cutover_timeout,
                 hold_timeout: None,
                 max_bytes: wire.max_bytes,

@@ -85,9 +85,6 @@ impl Core {
         }
         let patience = self.patience(&spec)?;
         let found = self.look(&spec.save.devices).await;
-        let (mut blockers, plan, mut prediction) = admission::save(&found.views, &spec.save, self.bounds());
-        blockers.extend(found.missing.iter().cloned());
-        blockers.extend(self.busy());
         let manifests = device_manifests(&found.views)?;
         let there = if manifests.len() == spec.save.devices.len() {
             let now = self.environment.unix_now();
@@ -99,7 +96,9 @@ impl Core {
             There::default()
         };
         let cost = self.handover_cost(there.round_trip);
-        prediction.downtime = prediction.downtime.map(|stop| stop.saturating_add(cost));
+        let (mut blockers, plan, prediction) = admission::save(&found.views, &spec.save, self.bounds(), cost);
+        blockers.extend(found.missing.iter().cloned());
+        blockers.extend(self.busy());
         let beforehand = MigrationStarted {
             entry: None,
             blockers: Vec::new(),
@@ -183,10 +182,9 @@ impl Core {
             },
             cutover_limit: waits.cutover.unwrap_or(defaults.cutover_timeout),
             hold_limit: patience,
-            // With a commit that somebody says, it is theirs how long the devices stand still. About half of what a
-            // hand-over costs comes after the commit was sent.
-            stop_limit: (keeps_limit && spec.commit == CommitMode::Auto)
-                .then(|| limit.saturating_sub(cost / 2)),
+            // About half of what a hand-over costs comes after the commit was sent.
+            stop_limit: keeps_limit.then(|| limit.saturating_sub(cost / 2)),
+            limits_commit: spec.commit == CommitMode::Auto,
         }
     }
 

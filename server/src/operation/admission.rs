@@ -76,6 +76,8 @@ pub struct Prediction {
     pub total: DataSize,
     /// How long they would stand still.
     pub downtime: Option<Duration>,
+    /// How long at most: as if nothing of the state were read before they stop.
+    pub downtime_at_most: Option<Duration>,
     /// The rate that was reckoned with.
     pub rate_bytes_per_second: u64,
     /// Whether it was measured on these devices, or is the configured one.
@@ -130,11 +132,13 @@ pub fn not_found(name: &DeviceName) -> Blocker {
     )
 }
 
-/// Whether a save can work, how it would, and what can be said beforehand.
+/// Whether a save can work, how it would, and what can be said beforehand. The devices stand still so much longer where they
+/// are handed over.
 pub fn save(
     views: &[DeviceView],
     spec: &SaveRequestSpec,
     bounds: Bounds,
+    handover: Duration,
 ) -> (Vec<Blocker>, SavePlan, Prediction) {
     let mut found: Vec<Blocker> = views.iter().flat_map(device_blockers).collect();
     let known: Vec<Capabilities> = views
@@ -178,9 +182,9 @@ pub fn save(
         cutover: cutover(spec),
         after: after(spec),
     };
-    let prediction = predict(views, plan, bounds);
+    let prediction = predict(views, plan, bounds, handover);
     sizes(views, spec.max_bytes, spec.allow_unknown_size, bounds, &mut found);
-    downtime(spec, prediction, &mut found);
+    downtime(spec, prediction, handover, &mut found);
     (found, plan, prediction)
 }
 
@@ -284,21 +288,30 @@ fn sizes(
 
 /// Without pre-copy what a stop takes can be told beforehand. With it, pre-copy itself decides. The agent's own default
 /// limit is a wish for pre-copy, not a promise to callers that set none, so it blocks nothing.
-fn downtime(spec: &SaveRequestSpec, prediction: Prediction, found: &mut Vec<Blocker>) {
+fn downtime(spec: &SaveRequestSpec, prediction: Prediction, handover: Duration, found: &mut Vec<Blocker>) {
+    let Some(limit) = spec.downtime_limit else { return };
+    let asked = humantime::format_duration(limit);
+    if handover > limit {
+        found.push(Blocker::set(
+            BlockerReason::DowntimeLimit,
+            format!(
+                "the hand-over alone takes about {}, by the round trip to the destination and the time that the journal \
+                 takes, and downtime_limit is {asked}; raise it",
+                humantime::format_duration(rounded(handover)),
+            ),
+        ));
+        return;
+    }
     if prediction.pre_copy {
         return;
     }
-    let Some(limit) = spec.downtime_limit else { return };
-    let asked = humantime::format_duration(limit);
     match prediction.downtime {
         Some(predicted) if predicted > limit => found.push(Blocker::set(
             BlockerReason::DowntimeLimit,
             format!(
                 "the devices would stand still for about {}, at {} bytes a second, and downtime_limit is {asked}; raise \
                  it, or allow pre-copy where the devices can",
-                humantime::format_duration(Duration::from_millis(
-                    u64::try_from(predicted.as_millis()).unwrap_or(u64::MAX)
-                )),
+                humantime::format_duration(rounded(predicted)),
                 prediction.rate_bytes_per_second,
             ),
         )),
@@ -314,15 +327,22 @@ fn downtime(spec: &SaveRequestSpec, prediction: Prediction, found: &mut Vec<Bloc
     }
 }
 
-fn predict(views: &[DeviceView], plan: SavePlan, bounds: Bounds) -> Prediction {
+/// In whole milliseconds, for people.
+fn rounded(time: Duration) -> Duration {
+    Duration::from_millis(u64::try_from(time.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn predict(views: &[DeviceView], plan: SavePlan, bounds: Bounds, handover: Duration) -> Prediction {
     let measured = views.iter().filter_map(|view| view.record.as_ref()?.rate_bytes_per_second).min();
     let rate = measured.unwrap_or(bounds.rate_bytes_per_second).max(1);
     let total = total(views.iter().map(|view| view.data_size));
-    let downtime = if plan.pre_copy { None } else { total.bytes().and_then(|bytes| time_for(bytes, rate)) };
+    let stop = total.bytes().and_then(|bytes| time_for(bytes, rate));
+    let at_most = stop.map(|stop| stop.saturating_add(handover));
     Prediction {
         pre_copy: plan.pre_copy,
         total,
-        downtime,
+        downtime: at_most.filter(|_| !plan.pre_copy),
+        downtime_at_most: at_most,
         rate_bytes_per_second: rate,
         rate_measured: measured.is_some(),
     }

@@ -145,8 +145,11 @@ impl EntryCaller {
         match state {
             SaveState::Stopping => {
                 let environment = &self.core.environment;
-                let now = environment.unix_now();
-                self.entry.note_stopped(now, Some(environment.executor.now()));
+                self.entry.note_stopped(environment.unix_now(), Some(environment.executor.now()));
+            }
+            // Not before all of them were found to stand still: whoever reads it takes what they wrote for all there is.
+            SaveState::Draining => {
+                let now = self.core.environment.unix_now();
                 self.entry.hand_over(|handover| handover.record.stopped = Some(now));
             }
             SaveState::Offered => {
@@ -168,7 +171,6 @@ impl EntryCaller {
             | SaveState::PreCopying
             | SaveState::AwaitingCutover
             | SaveState::Quiescing
-            | SaveState::Draining
             | SaveState::Parking
             | SaveState::Sealing
             | SaveState::Marking

@@ -68,7 +68,8 @@ impl Core {
             None => None,
         };
         let found = self.look(&spec.devices).await;
-        let (mut blockers, plan, prediction) = admission::save(&found.views, &spec, self.bounds());
+        let (mut blockers, plan, prediction) =
+            admission::save(&found.views, &spec, self.bounds(), Duration::ZERO);
         let store = match target {
             Some(place) => make_room(place, prediction.total.bytes(), &mut blockers).await,
             None => None,
@@ -114,6 +115,7 @@ impl Core {
             cutover_limit: waits.cutover.unwrap_or(defaults.cutover_timeout),
             hold_limit: waits.hold.unwrap_or(defaults.hold_timeout),
             stop_limit: None,
+            limits_commit: true,
         };
         let owner_pod = spec.owner_pod.map(|pod| pod.to_string()).unwrap_or_default();
         let manifests = run::device_manifests(&found.views)?;

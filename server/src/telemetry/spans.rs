@@ -62,6 +62,7 @@ async fn an_arc_is_in_its_phase_and_that_in_its_operation() {
         cutover_limit: DEFAULT_CALL_LIMIT,
         hold_limit: DEFAULT_CALL_LIMIT,
         stop_limit: None,
+        limits_commit: true,
     };
     let paths = Paths::default();
     let subscriber = tracing_subscriber::registry().with(paths.clone());

@@ -6,6 +6,7 @@
 //!   source ==state===> (silent)           destination    undone: stays; source runs on
 //!   source, SIGSTOP    its destination refuses by its deadline; SIGCONT: refused, stays
 //!   destination, SIGSTOP between its record and the SET; SIGCONT: it goes on: moves
+//!   device, SIGSTOP before it stops   not told as stopped before it has: then moves
 //! ```
 
 use rustix::process::Signal;
@@ -13,7 +14,7 @@ use vfio_checkpoint_proto::v1;
 
 use super::relay::Way;
 use super::settle::After;
-use super::{Move, Pair};
+use super::{Move, Pair, becomes};
 use crate::figure;
 use crate::job::done;
 
@@ -136,4 +137,26 @@ async fn a_source_that_stands_still_until_it_was_refused_runs_on() {
     assert_eq!(ended.handover.unwrap().verdict(), v1::HandoverVerdict::Refused);
     pair.moves(&Move::new(false)).await;
     figure("1 source that stood still until its destination had refused: it runs on");
+}
+
+/// Whoever moves the workload's memory takes what was written until then for all there is.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_was_told_to_stop_is_not_told_as_stopped_before_it_is() {
+    let mut pair = Pair::new(1, true).await;
+    let job = Move::new(false);
+    let home = stopped_at(&mut pair, true, "save: Stopping", &job).await;
+    pair.nodes[home].signal_device(0, Signal::STOP);
+    pair.nodes[home].release();
+    let client = pair.nodes[home].client().await;
+    let name = pair.recorded(&client, &job).await.unwrap().name;
+    let seen = |operation: &v1::Operation| {
+        let stopped = operation.handover.as_ref().is_some_and(|known| known.stop_time.is_some());
+        assert!(!stopped, "it has not stopped yet: {operation:?}");
+        operation.phase() == v1::OperationPhase::Stopping
+    };
+    assert!(becomes(&client, &name, seen).await.unwrap(), "it is over");
+    pair.nodes[home].signal_device(0, Signal::CONT);
+    let ended = pair.settle(&job, After::Moves).await.unwrap();
+    assert!(ended.handover.unwrap().stop_time.is_some());
+    figure("1 device that stood still before it stopped: told as stopped once it had");
 }

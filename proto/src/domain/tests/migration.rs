@@ -153,6 +153,15 @@ fn migrations_that_are_refused_name_the_field() {
 #[test]
 fn what_a_source_is_asked_arrives() {
     let spec = MigrateSpec::try_from(migrate()).unwrap();
+    let converges = |limit, no_convergence: v1::NoConvergence| {
+        let no_convergence = no_convergence.into();
+        let wire = v1::MigrateRequest { downtime_limit: limit, no_convergence, ..migrate() };
+        MigrateSpec::try_from(wire).unwrap().save.no_convergence
+    };
+    // A limit that the caller gives is kept, unless it says otherwise.
+    assert_eq!(converges(None, v1::NoConvergence::Unspecified), NoConvergence::StopAnyway);
+    assert_eq!(converges(seconds(1), v1::NoConvergence::Unspecified), NoConvergence::Abort);
+    assert_eq!(converges(seconds(1), v1::NoConvergence::StopAnyway), NoConvergence::StopAnyway);
     assert_eq!(spec.commit, CommitMode::Auto);
     assert_eq!((spec.ticket, spec.target.spiffe_id), (Some(Ticket([9; Ticket::BYTES])), None));
     assert_eq!(spec.save.after, AfterSave::HandOver);

@@ -110,7 +110,9 @@ impl<S: StateSink> Machine for SaveRun<'_, S> {
 
     async fn execute(&mut self, state: SaveState, command: SaveCommand) -> Option<SaveEvent> {
         self.state = state;
-        let Some(limit) = self.terms.stop_limit.filter(|_| counts_as_stop(command)) else {
+        let counts =
+            counts_as_stop(command) && (self.terms.limits_commit || command != SaveCommand::AwaitCommit);
+        let Some(limit) = self.terms.stop_limit.filter(|_| counts) else {
             return self.obey(state, command).await;
         };
         let stopped = self.stopping.map_or(Duration::ZERO, |since| self.set.now().saturating_sub(since));

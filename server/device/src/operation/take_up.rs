@@ -175,7 +175,7 @@ pub async fn take_up_save<S: StateSink>(
     };
     // Copying is over for good: of these terms only the hold counts.
     let policy = PrecopyPolicy::default();
-    let terms = SaveTerms { request, policy, cutover_limit: Duration::ZERO, hold_limit, stop_limit: None };
+    let terms = SaveTerms { hold_limit, ..SaveTerms::automatic(request.pre_copy, request.after, policy) };
     let mut run = SaveRun::new(lanes, plan, terms, caller, sink);
     let first = match recorded {
         RecordedSave::Stopped => return Ok(SaveState::CompletedStopped),

@@ -83,7 +83,7 @@ fn reasons(found: &[Blocker]) -> Vec<(BlockerReason, &str)> {
 
 #[track_caller]
 fn blocks(views: &[DeviceView], spec: &SaveRequestSpec, expected: &[(BlockerReason, &str)]) {
-    let (found, _, _) = save(views, spec, BOUNDS);
+    let (found, _, _) = save(views, spec, BOUNDS, Duration::ZERO);
     assert_eq!(reasons(&found), expected);
     assert!(found.iter().all(|blocker| !blocker.message.is_empty()));
 }
@@ -127,7 +127,7 @@ fn a_set_needs_what_one_device_does_not() {
     let still = can("a", |can| can.migration.pre_copy = false);
     let required = SaveRequestSpec { pre_copy: PreCopy::Required { budget: None }, ..spec() };
     blocks(std::slice::from_ref(&still), &required, &[(NoPreCopy, "a")]);
-    let (_, plan, _) = save(&[view("b"), still], &spec(), BOUNDS);
+    let (_, plan, _) = save(&[view("b"), still], &spec(), BOUNDS, Duration::ZERO);
     assert!(!plan.pre_copy && plan.barrier, "where every device can: {plan:?}");
 
     let blind = can("a", |can| can.dma_logging = false);
@@ -137,7 +137,7 @@ fn a_set_needs_what_one_device_does_not() {
 
 #[test]
 fn the_plan_is_what_was_asked_for() {
-    let (_, plan, prediction) = save(&[view("a")], &spec(), BOUNDS);
+    let (_, plan, prediction) = save(&[view("a")], &spec(), BOUNDS, Duration::ZERO);
     assert!(plan.pre_copy && prediction.pre_copy && prediction.downtime.is_none());
     assert_eq!((plan.cutover, plan.after), (Cutover::Auto, AfterSave::Resume));
     let asked = SaveRequestSpec {
@@ -146,10 +146,10 @@ fn the_plan_is_what_was_asked_for() {
         after: domain::AfterSave::Hold { timeout: None },
         ..spec()
     };
-    let (_, plan, _) = save(&[view("a")], &asked, BOUNDS);
+    let (_, plan, _) = save(&[view("a")], &asked, BOUNDS, Duration::ZERO);
     assert_eq!((plan.pre_copy, plan.cutover, plan.after), (false, Cutover::Manual, AfterSave::Hold));
     let left = SaveRequestSpec { after: domain::AfterSave::StayStopped, ..spec() };
-    assert_eq!(save(&[view("a")], &left, BOUNDS).1.after, AfterSave::StayStopped);
+    assert_eq!(save(&[view("a")], &left, BOUNDS, Duration::ZERO).1.after, AfterSave::StayStopped);
 }
 
 #[test]
@@ -208,12 +208,26 @@ fn a_stop_is_predicted_and_meets_its_limit() {
         view.record.as_mut().unwrap().rate_bytes_per_second = rate;
         view
     };
-    let (_, _, prediction) = save(&[measured(Some(500)), measured(Some(250))], &stop(second), BOUNDS);
+    let (_, _, prediction) =
+        save(&[measured(Some(500)), measured(Some(250))], &stop(second), BOUNDS, Duration::ZERO);
     assert_eq!((prediction.rate_bytes_per_second, prediction.rate_measured), (250, true), "the slowest");
     assert_eq!(prediction.downtime, Some(Duration::from_secs(8)));
-    let (_, _, prediction) = save(&[measured(Some(0))], &stop(second), BOUNDS);
+    let (_, _, prediction) = save(&[measured(Some(0))], &stop(second), BOUNDS, Duration::ZERO);
     assert_eq!(prediction.rate_bytes_per_second, 1, "never by zero");
-    let (_, _, prediction) = save(&[measured(None)], &stop(second), BOUNDS);
+    // A hand-over takes its time as well, and that alone may be too long.
+    let handed_over = |spec: &SaveRequestSpec, cost: u64| {
+        let (found, _, prediction) = save(&[view("a")], spec, BOUNDS, Duration::from_millis(cost));
+        (found.len(), prediction.downtime, prediction.downtime_at_most)
+    };
+    let (stop, both) = (stop(second * 2), Some(Duration::from_millis(1900)));
+    assert_eq!(handed_over(&stop, 900), (0, both, both));
+    assert_eq!(handed_over(&stop, 1001).0, 1, "each fits alone");
+    let copied = SaveRequestSpec { downtime_limit: Some(second), ..spec() };
+    assert_eq!(handed_over(&copied, 900), (0, None, both), "pre-copy may bring it down");
+    assert_eq!(handed_over(&copied, 1001).0, 1, "and that not");
+
+    let stop = |limit: Duration| SaveRequestSpec { downtime_limit: Some(limit), ..stop.clone() };
+    let (_, _, prediction) = save(&[measured(None)], &stop(second), BOUNDS, Duration::ZERO);
     assert_eq!((prediction.rate_bytes_per_second, prediction.rate_measured), (1000, false));
 }
 

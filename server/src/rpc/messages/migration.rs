@@ -27,6 +27,7 @@ pub(in crate::rpc) fn migration_prediction(started: &MigrationStarted) -> Option
         rate_source: if prediction.rate_measured { "measured" } else { "configured" }.to_owned(),
         round_trip: started.round_trip.map(duration),
         version: started.version.unwrap_or(0),
+        downtime_at_most: prediction.downtime_at_most.map(duration),
     })
 }
 

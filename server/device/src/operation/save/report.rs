@@ -22,13 +22,22 @@ pub struct SaveTerms {
     /// How long devices that are handed over may be stopped until the other side is told to run them. After that the save
     /// is undone.
     pub stop_limit: Option<Duration>,
+    /// Whether the wait for Commit counts. Where somebody says it, it is theirs how long the devices stand still.
+    pub limits_commit: bool,
 }
 
 impl SaveTerms {
     /// Automatic cutover and no hold, as for a caller that nobody can reach.
     pub fn automatic(pre_copy: bool, after: AfterSave, policy: PrecopyPolicy) -> Self {
         let request = SaveRequest { pre_copy, cutover: Cutover::Auto, after };
-        Self { request, policy, cutover_limit: Duration::ZERO, hold_limit: Duration::ZERO, stop_limit: None }
+        Self {
+            request,
+            policy,
+            cutover_limit: Duration::ZERO,
+            hold_limit: Duration::ZERO,
+            stop_limit: None,
+            limits_commit: true,
+        }
     }
 }
 

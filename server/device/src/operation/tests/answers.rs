@@ -28,6 +28,7 @@ pub(crate) fn save_terms(pre_copy: bool, cutover: Cutover, after: AfterSave) -> 
         cutover_limit: CUTOVER_LIMIT,
         hold_limit: HOLD_LIMIT,
         stop_limit: None,
+        limits_commit: true,
     }
 }
 

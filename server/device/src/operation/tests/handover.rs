@@ -422,6 +422,13 @@ fn an_offer_that_nobody_commits_is_withdrawn() {
         assert!(matches!(undone(saved.unwrap()), Cause::StopLimit { limit: DELAY }));
         source.runs_here();
         assert_eq!((script.now(), script.watch.words().len()), (DELAY, 0));
+
+        // Where somebody says it, the wait is theirs.
+        let theirs = SaveTerms { stop_limit, limits_commit: false, ..kind.terms };
+        let script = never.script(What::Nothing, 0);
+        let (source, saved, _) = hand_over(&script, &Kind { terms: theirs, ..never }, Side::There);
+        assert!(matches!(undone(saved.unwrap()), Cause::NoCommit { limit: HOLD_LIMIT }));
+        source.runs_here();
     }
 }
 

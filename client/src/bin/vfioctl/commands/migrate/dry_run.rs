@@ -44,6 +44,8 @@ struct DryRun {
     pre_copy: Option<bool>,
     total: Option<SizeDoc>,
     predicted_downtime_us: Option<u64>,
+    /// As if nothing were read before the devices stop.
+    downtime_at_most_us: Option<u64>,
     rate_bytes_per_second: Option<u64>,
     rate_source: Option<String>,
     round_trip_us: Option<u64>,
@@ -91,6 +93,7 @@ impl DryRun {
             pre_copy: known.map(|known| known.pre_copy),
             total: known.and_then(|known| known.total.as_ref()).map(SizeDoc::new),
             predicted_downtime_us: known.and_then(|known| render::micros(known.downtime.as_ref())),
+            downtime_at_most_us: known.and_then(|known| render::micros(known.downtime_at_most.as_ref())),
             rate_bytes_per_second: known.map(|known| known.rate_bytes_per_second).filter(|rate| *rate > 0),
             rate_source: known.map(|known| known.rate_source.clone()).filter(|source| !source.is_empty()),
             round_trip_us: known.and_then(|known| render::micros(known.round_trip.as_ref())),
@@ -106,10 +109,14 @@ impl DryRun {
             let lines = self.blockers.iter().map(SideBlocker::line);
             std::iter::once("this is in the way:\n".to_owned()).chain(lines).collect()
         };
-        let downtime = match (time(self.predicted_downtime_us), self.pre_copy) {
-            (Some(downtime), _) => format!("{downtime} expected"),
-            (None, Some(true)) => "as pre-copy brings it down to; not known before".to_owned(),
-            (None, Some(false) | None) => "not known before".to_owned(),
+        let at_most = time(self.downtime_at_most_us);
+        let downtime = match (time(self.predicted_downtime_us), at_most, self.pre_copy) {
+            (Some(downtime), _, _) => format!("{downtime} expected"),
+            (None, Some(at_most), Some(true)) => {
+                format!("as pre-copy brings it down to, from {at_most} at most")
+            }
+            (None, None, Some(true)) => "as pre-copy brings it down to; not known before".to_owned(),
+            (None, _, Some(false) | None) => "not known before".to_owned(),
         };
         let rate = self.rate_bytes_per_second.map(|bytes| {
             let rate = render::rate(bytes, Duration::from_secs(1));
@@ -150,6 +157,7 @@ mod tests {
             rate_source: "measured".to_owned(),
             round_trip: Some(prost_types::Duration { seconds: 0, nanos: 400_000 }),
             version: 1,
+            downtime_at_most: Some(prost_types::Duration { seconds: 0, nanos: 98_000_000 }),
         };
         v1::MigrateResponse { operation: None, blockers, prediction: Some(prediction) }
     }
@@ -168,8 +176,13 @@ mod tests {
         let unknown = v1::MigrationPrediction { pre_copy: true, ..Default::default() };
         let unknown = v1::MigrateResponse { prediction: Some(unknown), ..Default::default() };
         let unknown = DryRun::new(&unknown, None);
+        let mut live = answer(Vec::new());
+        if let Some(prediction) = &mut live.prediction {
+            (prediction.pre_copy, prediction.downtime) = (true, None);
+        }
+        let live = DryRun::new(&live, None);
         let (json, yaml) = (render::json(&blocked).unwrap(), render::yaml(&blocked).unwrap());
-        let tables = [blocked.table(), free.table(), unknown.table()].join("\n");
+        let tables = [blocked.table(), free.table(), unknown.table(), live.table()].join("\n");
         insta::assert_snapshot!(format!("{tables}\n{json}\n{yaml}"));
     }
 }

@@ -54,9 +54,9 @@ pub(crate) struct MigrateArgs {
     /// The devices should stand still no longer than this
     #[arg(long, value_name = "TIME", value_parser = duration)]
     downtime_limit: Option<Duration>,
-    /// What to do where the limit cannot be kept
-    #[arg(long, value_name = "WHAT", default_value = "stop")]
-    on_no_convergence: OnNoConvergence,
+    /// What to do where the limit cannot be kept [default: abort where --downtime-limit is given, else stop]
+    #[arg(long, value_name = "WHAT")]
+    on_no_convergence: Option<OnNoConvergence>,
     /// Who says when the destination may run the devices
     #[arg(long, value_name = "WHO", default_value = "auto")]
     commit: Commit,
@@ -154,8 +154,9 @@ fn migration(args: &MigrateArgs, target: v1::MigrationTarget) -> Result<v1::Migr
         Commit::Manual => v1::CommitMode::Manual,
     };
     let no_convergence = match args.on_no_convergence {
-        OnNoConvergence::Stop => v1::NoConvergence::StopAnyway,
-        OnNoConvergence::Abort => v1::NoConvergence::Abort,
+        None => v1::NoConvergence::Unspecified,
+        Some(OnNoConvergence::Stop) => v1::NoConvergence::StopAnyway,
+        Some(OnNoConvergence::Abort) => v1::NoConvergence::Abort,
     };
     let request_id = match &args.request_id {
         Some(given) => given.to_string(),
