@@ -59,7 +59,8 @@ impl Taker {
         }
         if let Some(ack) = &self.due {
             let ack = ack.clone();
-            self.send(ack).await?;
+            // Where nobody carries it away the line breaks soon. What came in before it does is still to be taken.
+            let _is_said = self.try_send(ack).await?;
             self.due = None;
         }
         if self.side.phase() == Phase::Taken {
@@ -146,15 +147,26 @@ impl Taker {
         link::abort(self.outgoing.take(), &mut self.incoming, abort).await;
     }
 
-    async fn send(&mut self, message: StreamMessage) -> Result<(), TransferError> {
+    /// Says something, unless whoever carried messages away has stopped.
+    async fn try_send(&mut self, message: StreamMessage) -> Result<bool, TransferError> {
         let Some(outgoing) = &self.outgoing else {
             return Err(TransferError::Broken(LinkError::ended("the stream was complete before")));
         };
-        if let Ok(room) = self.clock.wait(outgoing.reserve()).await? {
-            room.send(message);
+        Ok(match self.clock.wait(outgoing.reserve()).await? {
+            Ok(room) => {
+                room.send(message);
+                true
+            }
+            Err(_) => false,
+        })
+    }
+
+    /// Says what there is no use going on without. State that comes in before it is known why it cannot be said is lost.
+    async fn send(&mut self, message: StreamMessage) -> Result<(), TransferError> {
+        if self.try_send(message).await? {
             return Ok(());
         }
-        // Whoever carried messages away has stopped; why is about to come in.
+        // Why is about to come in.
         while self.hear().await?.is_some() {}
         Err(TransferError::Broken(LinkError::left("the giver ended it")))
     }

@@ -434,6 +434,36 @@ async fn an_abort_and_a_giver_that_leaves_are_no_breaks() {
     assert!(taker.next().await.unwrap_err().is_break());
 }
 
+/// A connection can break in one direction first. What came in over the other before it did is taken like everything else.
+#[tokio::test]
+async fn an_ack_that_cannot_be_said_any_more_costs_no_frame() {
+    let (link, wire) = wire();
+    let Wire { send, receive } = wire;
+    drop(receive);
+    let mut taker = Taker::new(link, terms());
+    let mut framer = Framer::new(terms().stream, terms().devices, &terms().limits);
+    let saying = async {
+        for step in 0..4 {
+            let frame = framer.chunk(0, state(0, step)).unwrap().next().unwrap();
+            send.send(Ok(StreamMessage { kind: Some(Kind::Frame(frame)) })).await.unwrap();
+        }
+        send.send(Err(LinkError::ended("cable"))).await.unwrap();
+    };
+    let taking = async {
+        let mut bytes = 0;
+        loop {
+            match taker.next().await {
+                Ok(Some(Accepted::Chunk { chunk, .. })) => bytes += chunk.bytes().len(),
+                Ok(other) => panic!("{other:?}"),
+                Err(error) => break (bytes, error),
+            }
+        }
+    };
+    let ((bytes, error), ()) = tokio::join!(taking, saying);
+    assert!(error.is_break(), "{error}");
+    assert_eq!((bytes, taker.taken_frames()), (4 * CHUNK_BYTES, 4));
+}
+
 #[tokio::test]
 async fn whoever_has_no_taker_any_more_can_still_say_that_all_is_complete() {
     let (link, take) = cable(usize::MAX);
