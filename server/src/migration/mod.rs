@@ -35,7 +35,7 @@ mod tickets;
 pub use arrival::ArrivalSource;
 pub use destination::{Admitted, Prepared, Told};
 pub(crate) use redial::{RedialDestination, spool};
-pub use resolve::Resolved;
+pub use resolve::{Resolved, SourceCopy, SourceDevice};
 pub use sink::{HandoverSink, Offer};
 pub(crate) use source::{Departure, NotTaken};
 pub use source::{MigrationStarted, Side};

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Resolve -> the destination is asked once more -> Evidence -> fsm::handover::resolve
+//!           -> the devices here are read back: shown to whoever decides, and decided by nobody else
 //!     taken   -> on record, with who and why -> said to the task, which goes on by it
 //!     refused -> told, with what would do
 //! ```
@@ -15,16 +16,22 @@
 
 use std::sync::Arc;
 
+use futures_util::future::{join, join_all};
 use vfio_checkpoint_device::chain;
+use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_fsm::handover::{Evidence, Resolution, Unresolvable, Verdict, resolve};
 use vfio_checkpoint_proto::domain::{self, ResolveSpec};
+use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1;
 
 use super::peer::{PeerError, record};
 use crate::core::Core;
 use crate::journal::Change;
-use crate::operation::record::{JobRecord, PeerRecord, RecordedStep, ResolutionRecord, VerdictRecord};
+use crate::operation::record::{
+    JobRecord, OperationDeviceRecord, PeerRecord, RecordedStep, ResolutionRecord, VerdictRecord,
+};
 use crate::operation::{Entry, Phase, Refused};
+use crate::registry::{DeviceView, Standing};
 use crate::rpc::Refusal;
 
 /// What came of it.
@@ -36,6 +43,32 @@ pub struct Resolved {
     pub destination: Result<v1::HandoverRecord, String>,
     /// Why the decision would not be taken. Only where it was to be validated.
     pub refused: Option<Unresolvable>,
+    /// What the source itself has, in the order of the set.
+    pub devices: Vec<SourceDevice>,
+}
+
+/// A device of the source.
+#[derive(Debug)]
+pub struct SourceDevice {
+    /// Which one.
+    pub name: DeviceName,
+    /// As it was read back just now. None where it is not configured any more.
+    pub view: Option<DeviceView>,
+    /// Whether it has what was to move.
+    pub copy: SourceCopy,
+}
+
+/// Whether a device of the source still carries the state that was to move, as the contract has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceCopy {
+    /// It does, and stands still.
+    Kept,
+    /// It was reset since.
+    Gone,
+    /// It does, and runs: somebody else has moved it.
+    MovedOn,
+    /// Nobody can tell.
+    Unknown,
 }
 
 impl Core {
@@ -51,7 +84,8 @@ impl Core {
         if !is_in_doubt(&entry) {
             return Err(not_in_doubt());
         }
-        let destination = self.ask(&entry).await.map_err(|error| chain(&error));
+        let (destination, devices) = join(self.ask(&entry), self.source_devices(&entry)).await;
+        let destination = destination.map_err(|error| chain(&error));
         let told = destination.as_ref().ok();
         let resolution = match spec.resolution {
             domain::Resolution::ResumeHere => Resolution::ResumeHere,
@@ -65,7 +99,7 @@ impl Core {
         }
         let decided = resolve(evidence(&entry, told), resolution, spec.is_stated);
         if spec.validate_only {
-            return Ok(Resolved { entry: Arc::clone(&entry), destination, refused: decided.err() });
+            return Ok(Resolved { entry: Arc::clone(&entry), destination, refused: decided.err(), devices });
         }
         decided.map_err(|why| refused(Refused::Unresolvable(why)))?;
         let decision = ResolutionRecord {
@@ -76,7 +110,7 @@ impl Core {
         };
         self.put_on_record(&entry, decision, told.and_then(verdict)).await?;
         entry.signals.say_resolved();
-        Ok(Resolved { entry: Arc::clone(&entry), destination, refused: None })
+        Ok(Resolved { entry: Arc::clone(&entry), destination, refused: None, devices })
     }
 
     /// Under the entry's `recording`.
@@ -101,6 +135,20 @@ impl Core {
         Ok(())
     }
 
+    /// What the devices of the source are found to be.
+    async fn source_devices(&self, entry: &Entry) -> Vec<SourceDevice> {
+        let found = entry.fixed.devices.iter().map(|device| async {
+            let slot = self.registry.get(&device.device);
+            if let Some(slot) = slot {
+                slot.read_back().await;
+            }
+            let view = slot.map(|slot| slot.view());
+            let copy = view.as_ref().map_or(SourceCopy::Unknown, |view| SourceCopy::of(device, view));
+            SourceDevice { name: device.device.clone(), view, copy }
+        });
+        join_all(found).await
+    }
+
     async fn ask(&self, entry: &Entry) -> Result<v1::HandoverRecord, PeerError> {
         let nobody = || PeerError::Answer("it is not on record what was prepared where".to_owned());
         let peer: &PeerRecord = entry.fixed.peer.as_ref().ok_or_else(nobody)?;
@@ -109,6 +157,29 @@ impl Core {
         let client = self.dial(peer).await?;
         let request = v1::GetHandoverRequest { operation, settled: false, secret: bytes::Bytes::new() };
         record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)
+    }
+}
+
+impl SourceCopy {
+    /// What is in a device of which the hand-over has on record what was in it. One that had to be opened anew was reset by
+    /// that, and has somebody new on record.
+    fn of(device: &OperationDeviceRecord, view: &DeviceView) -> Self {
+        let (Some(lives), Some((state, _))) = (&view.record, view.state) else { return Self::Unknown };
+        let answers = match &view.standing {
+            Standing::Ready | Standing::Quarantined => true,
+            Standing::Hung(_) | Standing::Unavailable(_) | Standing::NotMigratable(_) => false,
+        };
+        if !answers {
+            Self::Unknown
+        } else if lives.logical != device.logical || lives.epoch != device.epoch {
+            Self::Gone
+        } else if state == State::Stop {
+            Self::Kept
+        } else if state.is_running() {
+            Self::MovedOn
+        } else {
+            Self::Unknown
+        }
     }
 }
 

@@ -162,6 +162,7 @@ impl MigrationService for Migrations {
             destination,
             destination_error,
             refused: resolved.refused.map(|why| why.to_string()).unwrap_or_default(),
+            source_devices: resolved.devices.iter().map(messages::source_device).collect(),
         }))
     }
 

@@ -110,6 +110,42 @@ async fn a_source_is_in_doubt_until_its_destination_is_back() {
     figure("1 source in doubt, killed meanwhile: its destination came back, and answered");
 }
 
+/// What each device of the source was found to be, by an admin who only looks.
+async fn found(client: &Client, operation: &v1::Operation) -> Vec<(v1::MigrationState, v1::SourceCopy)> {
+    let request = resolve(operation, v1::Resolution::ResumeHere);
+    let looked = client.resolve(v1::ResolveRequest { validate_only: true, ..request }).await.unwrap();
+    let told: Vec<&str> = looked.source_devices.iter().map(|found| found.device.as_str()).collect();
+    let set: Vec<&str> = operation.devices.iter().map(|device| device.device.as_str()).collect();
+    assert_eq!(told, set);
+    looked.source_devices.iter().map(|found| (found.state(), found.copy())).collect()
+}
+
+/// Nobody kept the devices of the source: they were reset with its agent, and run as somebody new.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_admin_is_shown_what_the_source_has_left() {
+    let mut pair = Pair::new(2, false).await;
+    pair.kept_since = None;
+    let (home, away) = (pair.home, pair.away());
+    let job = Move::new(false);
+    pair.nodes[away].arm("restore: AwaitingReady", 1).await;
+    let driving = pair.driven(&job).await;
+    pair.nodes[away].stopped("restore: AwaitingReady").await;
+    pair.kill(away);
+    driving.await.unwrap();
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    let stopped = (v1::MigrationState::Stop, v1::SourceCopy::Kept);
+    assert_eq!(found(&pair.nodes[home].client().await, &operation).await, [stopped; 2]);
+
+    pair.kill(home);
+    pair.start(home).await;
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    let blank = (v1::MigrationState::Running, v1::SourceCopy::Gone);
+    assert_eq!(found(&pair.nodes[home].client().await, &operation).await, [blank; 2]);
+    pair.start(away).await;
+    pair.settle(&job, After::Lost).await;
+    figure("1 source in doubt that was killed without a holder: an admin is shown that its copy is gone");
+}
+
 /// The node of the destination is gone for good: its agent, its holder and its devices.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_whose_destination_is_fenced_resumes_under_an_epoch_of_its_own() {

@@ -53,7 +53,7 @@ fn backend(backend: Backend) -> v1::Backend {
     }
 }
 
-fn migration_state(state: State) -> v1::MigrationState {
+pub(super) fn migration_state(state: State) -> v1::MigrationState {
     match state {
         State::Error => v1::MigrationState::Error,
         State::Stop => v1::MigrationState::Stop,
@@ -66,7 +66,7 @@ fn migration_state(state: State) -> v1::MigrationState {
     }
 }
 
-fn standing(standing: &Standing) -> v1::DeviceStanding {
+pub(super) fn standing(standing: &Standing) -> v1::DeviceStanding {
     match standing {
         Standing::Ready => v1::DeviceStanding::Ready,
         Standing::Quarantined => v1::DeviceStanding::Quarantined,

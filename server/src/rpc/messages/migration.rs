@@ -3,8 +3,9 @@
 use vfio_checkpoint_fsm::handover::{ArrivalStep, Verdict};
 use vfio_checkpoint_proto::v1;
 
+use super::device::{migration_state, standing};
 use super::{blocker, data_size, duration};
-use crate::migration::{MigrationStarted, Side, Told};
+use crate::migration::{MigrationStarted, Side, SourceCopy, SourceDevice, Told};
 use crate::operation::admission::Blocker;
 
 /// What is in the way, with its side.
@@ -46,6 +47,24 @@ pub(in crate::rpc) fn handover_record(told: &Told) -> v1::HandoverRecord {
         verdict: found.into(),
         message: told.message.clone(),
         epochs: told.epochs.iter().map(|epoch| epoch.0).collect(),
+    }
+}
+
+/// What the source itself has of a device.
+pub(in crate::rpc) fn source_device(found: &SourceDevice) -> v1::SourceDevice {
+    let view = found.view.as_ref();
+    let state = view.and_then(|view| view.state);
+    v1::SourceDevice {
+        device: found.name.to_string(),
+        state: state.map_or(v1::MigrationState::Unspecified, |(state, _)| migration_state(state)).into(),
+        standing: view.map_or(v1::DeviceStanding::Unavailable, |view| standing(&view.standing)).into(),
+        copy: match found.copy {
+            SourceCopy::Kept => v1::SourceCopy::Kept,
+            SourceCopy::Gone => v1::SourceCopy::Gone,
+            SourceCopy::MovedOn => v1::SourceCopy::MovedOn,
+            SourceCopy::Unknown => v1::SourceCopy::Unknown,
+        }
+        .into(),
     }
 }
 

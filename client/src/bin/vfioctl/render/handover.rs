@@ -97,8 +97,12 @@ pub(crate) fn in_doubt(operation: &v1::Operation) -> Option<(String, String)> {
         }
     };
     let since = moment(handover.stop_time.as_ref());
-    let since = since.map(|time| format!(" since {}", seconds(Some(&time)))).unwrap_or_default();
-    let mut text = format!("IN DOUBT: {what}. The devices here stand still{since}, with their state");
+    // What the devices here still have, the operation does not say: Resolve does.
+    let here = match since {
+        Some(time) => format!("Nothing of their state has run here since {}", seconds(Some(&time))),
+        None => "Nothing of their state runs here".to_owned(),
+    };
+    let mut text = format!("IN DOUBT: {what}. {here}");
     if !handover.doubt.is_empty() {
         text.extend([format!(". The last word: {}", printable(&handover.doubt))]);
     }

@@ -8,6 +8,8 @@
 //! Invariants: nobody decides without having been shown what both sides know just now. Nothing is stated on record that was
 //! not typed. Failure paths: a decision that the agent would not take is refused before anybody is asked, with what would do.
 
+mod cost;
+
 use clap::Args;
 use serde::Serialize;
 use vfio_checkpoint_client::call::{Client, printable};
@@ -19,6 +21,8 @@ use crate::commands::{confirm, missing};
 use crate::outcome::{Exit, Failure};
 use crate::render::{self, OperationDoc};
 use crate::values::operation;
+
+use cost::{Left, cost};
 
 /// Show what is known of a migration that is in doubt, or end it.
 #[derive(Debug, Args)]
@@ -136,13 +140,28 @@ struct Known {
     destination: Option<RecordDoc>,
     /// Why it was not reached.
     destination_error: String,
+    /// What the source has.
+    source_devices: Vec<SourceDoc>,
     decisions: Vec<Decision>,
     operation: OperationDoc,
     /// The verdict that holds: what the destination says, or else what is known here.
     #[serde(skip)]
     verdict: v1::HandoverVerdict,
     #[serde(skip)]
+    left: Left,
+    #[serde(skip)]
     here: Here,
+}
+
+#[derive(Debug, Serialize)]
+struct SourceDoc {
+    device: String,
+    state: &'static str,
+    standing: &'static str,
+    /// Whether it still carries the state that was to move.
+    copy: &'static str,
+    #[serde(skip)]
+    in_words: &'static str,
 }
 
 /// What the source knows, for people.
@@ -175,7 +194,7 @@ struct Decision {
     /// Whether somebody has to answer for what there is no evidence of.
     needs_statement: bool,
     /// What it costs.
-    cost: &'static str,
+    cost: String,
     /// Why it is not taken as it was asked for.
     refused: String,
 }
@@ -203,6 +222,8 @@ impl Known {
                 epochs: record.epochs.clone(),
             }),
             destination_error: answer.destination_error.clone(),
+            source_devices: answer.source_devices.iter().map(SourceDoc::new).collect(),
+            left: Left::of(&answer.source_devices),
             decisions: Vec::new(),
             operation: OperationDoc::new(operation),
             // A verdict never changes, so an older one holds where the destination is silent now.
@@ -224,12 +245,14 @@ impl Known {
             options: match (resolution, needs_statement) {
                 (v1::Resolution::LetGo, true) => "--let-go --accept-loss --statement TEXT",
                 (v1::Resolution::LetGo, false) => "--let-go",
-                (_, true) => "--resume-here --peer-is-fenced --statement TEXT",
-                (_, false) => "--resume-here",
+                (v1::Resolution::ResumeHere | v1::Resolution::Unspecified, true) => {
+                    "--resume-here --peer-is-fenced --statement TEXT"
+                }
+                (v1::Resolution::ResumeHere | v1::Resolution::Unspecified, false) => "--resume-here",
             },
             is_open: !is_closed && (refused.is_empty() || needs_statement),
             needs_statement,
-            cost: cost(resolution, self.verdict),
+            cost: cost(resolution, self.verdict, self.left),
             refused,
         });
         self
@@ -237,13 +260,20 @@ impl Known {
 
     fn text(&self) -> String {
         let Here { name, phase, devices, peer, since, doubt } = &self.here;
-        let since = since.as_ref().map(|time| format!(" since {time}")).unwrap_or_default();
-        let mut text = format!(
-            "{}, {phase}\nhere         {} stand still{since}, with their state\ndestination  {}",
-            printable(name),
-            render::or_dash(Some(devices.join(", "))),
-            printable(peer),
-        );
+        let mut text = format!("{}, {phase}\n", printable(name));
+        if let Some(time) = since {
+            text.extend([format!("stopped      {time}\n")]);
+        }
+        let mut label = "here";
+        for SourceDoc { device, state, in_words, .. } in &self.source_devices {
+            text.extend([format!("{label:12} {device}, {state}: {in_words}\n")]);
+            label = "";
+        }
+        if self.source_devices.is_empty() {
+            let devices = render::or_dash(Some(devices.join(", ")));
+            text.extend([format!("{label:12} {devices}: {}\n", cost::in_words(v1::SourceCopy::Unspecified))]);
+        }
+        text.extend([format!("destination  {}", printable(peer))]);
         match &self.destination {
             Some(record) => {
                 let message = if record.message.is_empty() {
@@ -281,7 +311,7 @@ impl Known {
                 format!("\n{}\n  {}\n", decision.options, decision.cost)
             } else {
                 let why = if decision.refused.is_empty() {
-                    decision.cost.to_owned()
+                    decision.cost.clone()
                 } else {
                     printable(&decision.refused)
                 };
@@ -290,6 +320,29 @@ impl Known {
             text.push_str(&shown);
         }
         text
+    }
+}
+
+impl SourceDoc {
+    fn new(found: &v1::SourceDevice) -> Self {
+        let state = match found.state() {
+            v1::MigrationState::Unspecified => "not readable",
+            state @ (v1::MigrationState::Error
+            | v1::MigrationState::Stop
+            | v1::MigrationState::Running
+            | v1::MigrationState::StopCopy
+            | v1::MigrationState::Resuming
+            | v1::MigrationState::RunningP2p
+            | v1::MigrationState::PreCopy
+            | v1::MigrationState::PreCopyP2p) => render::short(state.as_str_name(), "MIGRATION_STATE_"),
+        };
+        Self {
+            device: printable(&found.device),
+            state,
+            standing: render::short(found.standing().as_str_name(), "DEVICE_STANDING_"),
+            copy: render::short(found.copy().as_str_name(), "SOURCE_COPY_"),
+            in_words: cost::in_words(found.copy()),
+        }
     }
 }
 
@@ -319,43 +372,32 @@ fn needs_statement(resolution: v1::Resolution, verdict: v1::HandoverVerdict) -> 
     }
 }
 
-/// What a decision costs, with this verdict known.
-fn cost(resolution: v1::Resolution, verdict: v1::HandoverVerdict) -> &'static str {
-    match (resolution, verdict) {
-        (v1::Resolution::LetGo, v1::HandoverVerdict::Committed) => {
-            "The devices here are reset; those of the destination go on. Nothing is lost."
-        }
-        (v1::Resolution::LetGo, v1::HandoverVerdict::Refused | v1::HandoverVerdict::Lost) => {
-            "The devices here are reset. Theirs is the only copy of the state, and it is lost for good."
-        }
-        (v1::Resolution::LetGo, v1::HandoverVerdict::Broken) => {
-            "The devices here are reset. What the destination has is a part of them at best; the rest is lost for good."
-        }
-        (v1::Resolution::LetGo, v1::HandoverVerdict::Unspecified) => {
-            "The devices here are reset. If the destination does not run them, their state is lost for good."
-        }
-        (_, v1::HandoverVerdict::Committed) => {
-            "The destination runs the devices: a second copy would run here."
-        }
-        (_, v1::HandoverVerdict::Refused) => {
-            "The devices here run on from where they stopped. Nothing is lost."
-        }
-        (_, v1::HandoverVerdict::Lost) => {
-            "The devices here run on from where they stopped. What they did at the destination since then, if they ran, \
-             is as if it had not been, but the network and the disks may have seen it."
-        }
-        (_, v1::HandoverVerdict::Broken | v1::HandoverVerdict::Unspecified) => {
-            "The devices here run on from where they stopped. If the destination runs them after all, two copies run at \
-             once and can spoil what they write to: fence its node first, by its power or its network, and only then say so."
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn answer(
+        destination: Option<(v1::HandoverStep, v1::HandoverVerdict)>,
+        refused: &str,
+    ) -> v1::ResolveResponse {
+        let kept = (v1::MigrationState::Stop, v1::SourceCopy::Kept);
+        v1::ResolveResponse {
+            source_devices: vec![found("devices/a", kept), found("devices/b", kept)],
+            ..told(destination, refused)
+        }
+    }
+
+    fn found(device: &str, (state, copy): (v1::MigrationState, v1::SourceCopy)) -> v1::SourceDevice {
+        v1::SourceDevice {
+            device: device.to_owned(),
+            state: state.into(),
+            standing: v1::DeviceStanding::Ready.into(),
+            copy: copy.into(),
+        }
+    }
+
+    /// Of an agent that does not say what its devices have.
+    fn told(
         destination: Option<(v1::HandoverStep, v1::HandoverVerdict)>,
         refused: &str,
     ) -> v1::ResolveResponse {
@@ -388,6 +430,7 @@ mod tests {
             }),
             destination_error,
             refused: refused.to_owned(),
+            source_devices: Vec::new(),
         }
     }
 
@@ -423,6 +466,35 @@ mod tests {
             let known = both(&answer(destination, here), &answer(destination, gone));
             assert!(known.text().chars().all(|letter| letter == '\n' || !letter.is_control()));
             text.push(known.text());
+        }
+        insta::assert_snapshot!(text.join("\n-----\n"));
+    }
+
+    /// What is decided by is what the devices here have, and not what they had once.
+    #[test]
+    fn what_is_not_left_here_is_not_offered() {
+        use v1::HandoverVerdict::{Broken, Committed, Lost, Refused, Unspecified};
+        use v1::{MigrationState as State, SourceCopy as Copy};
+        let mut text = Vec::new();
+        for devices in [
+            vec![
+                found("devices/a", (State::Running, Copy::Gone)),
+                found("devices/b", (State::Stop, Copy::Kept)),
+            ],
+            vec![
+                found("devices/a", (State::Running, Copy::MovedOn)),
+                found("devices/b", (State::Unspecified, Copy::Unknown)),
+            ],
+            Vec::new(),
+        ] {
+            for verdict in [Unspecified, Committed, Refused, Lost, Broken] {
+                let step = v1::HandoverStep::Over;
+                let answer = v1::ResolveResponse {
+                    source_devices: devices.clone(),
+                    ..told(Some((step, verdict)), "")
+                };
+                text.push(both(&answer, &answer).text());
+            }
         }
         insta::assert_snapshot!(text.join("\n-----\n"));
     }
