@@ -19,25 +19,32 @@ pub trait IdempotentRequest: Message + Clone {
     const NAME: &'static str;
 
     /// Clears `request_id`, `validate_only`, and what only opens the door: a ticket is good once, and whoever asks again
-    /// comes with another.
+    /// comes with another, and with the key that the destination has by then.
     fn clear_call_fields(&mut self);
 }
 
 macro_rules! idempotent {
-    ($($message:ident: $($key:ident)?),*) => {$(
+    ($($message:ident: $($clear_more:expr)?),*) => {$(
         impl IdempotentRequest for v1::$message {
             const NAME: &'static str = concat!("vfio.checkpoint.v1.", stringify!($message));
 
             fn clear_call_fields(&mut self) {
                 self.request_id.clear();
                 self.validate_only = false;
-                $(self.$key.clear();)?
+                $($clear_more(self);)?
             }
         }
     )*};
 }
 
-idempotent!(StartSaveRequest:, RestoreRequest:, ResetDeviceRequest:, MigrateRequest: ticket);
+idempotent!(StartSaveRequest:, RestoreRequest:, ResetDeviceRequest:, MigrateRequest: clear_admission);
+
+fn clear_admission(request: &mut v1::MigrateRequest) {
+    request.ticket.clear();
+    if let Some(target) = &mut request.target {
+        target.key_sha256.clear();
+    }
+}
 
 /// Digest of all that a request asks for: equal for equal requests, whatever their `request_id`.
 pub fn body_digest<R: IdempotentRequest>(request: &R) -> [u8; 32] {
@@ -74,6 +81,23 @@ mod tests {
             body_digest(&v1::StartSaveRequest::default()),
             body_digest(&v1::RestoreRequest::default())
         );
+    }
+
+    #[test]
+    fn what_opens_the_destination_is_not_part_of_the_body() {
+        let migrate = |ticket: u8, key: u8, endpoint: &str| {
+            body_digest(&v1::MigrateRequest {
+                target: Some(v1::MigrationTarget {
+                    endpoint: endpoint.into(),
+                    key_sha256: vec![key; 32].into(),
+                    ..Default::default()
+                }),
+                ticket: vec![ticket; 32].into(),
+                ..Default::default()
+            })
+        };
+        assert_eq!(migrate(1, 2, "https://a:1"), migrate(3, 4, "https://a:1"));
+        assert_ne!(migrate(1, 2, "https://a:1"), migrate(1, 2, "https://b:1"));
     }
 
     #[test]

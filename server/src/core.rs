@@ -17,6 +17,7 @@ use crate::operation::{Entry, Operations};
 use crate::registry::Registry;
 use crate::registry::keeper::Keeper;
 use crate::security::reload::TlsSource;
+use crate::security::roles::{Policy, PolicyHandle};
 use crate::stores::Stores;
 
 /// The agent without its doors.
@@ -38,6 +39,8 @@ pub struct Core {
     pub stores: Stores,
     /// What it shows to other agents that it calls. None where it is not served.
     pub tls: Option<TlsSource>,
+    /// Who may do what: of those who call it, and of the agents that it calls.
+    pub policy: PolicyHandle,
     /// What it has promised to let in.
     pub tickets: Tickets,
     /// What runs on its behalf.
@@ -93,6 +96,7 @@ impl Core {
         stores: Stores,
         tls: Option<TlsSource>,
     ) -> Self {
+        let policy = PolicyHandle::new(Policy { grants: config.grants.clone() });
         Self {
             config,
             environment,
@@ -102,6 +106,7 @@ impl Core {
             keeper,
             stores,
             tls,
+            policy,
             tickets: Tickets::default(),
             tasks: Tasks::default(),
             ending: AtomicBool::new(false),

@@ -145,7 +145,7 @@ impl Agent {
         let listener = Listener::new(listening, tls.clone(), peers.clone(), limits);
         let address =
             listener.local_addr().map_err(|source| ServeError::Listen { address: server.listen, source })?;
-        let policy = PolicyHandle::new(Policy { grants: config.grants.clone() });
+        let policy = core.policy.clone();
         let (reporter, health) = tonic_health::server::health_reporter();
         set_serving(&reporter).await;
         let (stop, stopped) = watch::channel(false);

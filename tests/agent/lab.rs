@@ -68,9 +68,14 @@ impl Lab {
 
     /// Gives an agent of this name a certificate, in the place of the one that it had.
     pub(crate) fn certify(&self, name: &str, validity: Validity) -> TlsFiles {
+        self.certify_as(name, &format!("spiffe://lab.test/agent/{name}"), validity)
+    }
+
+    /// The same, as somebody else.
+    pub(crate) fn certify_as(&self, name: &str, identity: &str, validity: Validity) -> TlsFiles {
         let folder = self.folder.path().join(name);
         std::fs::create_dir_all(&folder).unwrap();
-        let identity = Identity::Spiffe(format!("spiffe://lab.test/agent/{name}").parse().unwrap());
+        let identity = Identity::Spiffe(identity.parse().unwrap());
         let issued =
             self.ca.issue(&identity, &["localhost"], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity).unwrap();
         issued.write(&folder, &self.ca.pem()).unwrap()

@@ -33,6 +33,7 @@ mod migrations;
 mod operations;
 mod owed;
 mod pair;
+mod peers;
 mod reasons;
 mod relay;
 mod restores;

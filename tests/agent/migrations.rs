@@ -9,7 +9,7 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::migration::Tickets;
 
 use crate::flow::{at_once, device, done, failure, millis, refused, request_id, soon, violations};
-use crate::pair::{Pair, small};
+use crate::pair::{Pair, key, small};
 use crate::relay::Relay;
 
 /// The operation once it is as wanted.
@@ -131,6 +131,7 @@ async fn it_can_go_on_to_a_third_and_come_back() {
     let target = request.target.as_mut().unwrap();
     target.endpoint = format!("https://localhost:{}", pair.source.address().port());
     target.spiffe_id = "spiffe://lab.test/agent/source".to_owned();
+    target.key_sha256 = key(&pair.source);
     let name = destination.migrate(request).await.unwrap().operation.unwrap().name;
     let ended = soon(done(&destination, &name)).await;
     assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");

@@ -30,6 +30,11 @@ pub(crate) fn small(seed: u64) -> SimConfig {
     SimConfig { seed, memory_bytes: 1 << 20, ..SimConfig::default() }
 }
 
+/// The key of an agent, as Admit and `GetAgent` say it.
+pub(crate) fn key(agent: &Agent) -> bytes::Bytes {
+    bytes::Bytes::copy_from_slice(&agent.core().own_key().unwrap().0)
+}
+
 impl Pair {
     pub(crate) async fn new(devices: u64) -> Self {
         Self::with(devices, small, &[], &[], |_| {}).await
@@ -101,6 +106,7 @@ impl Pair {
                 endpoint: format!("https://localhost:{}", self.destination.address().port()),
                 spiffe_id: "spiffe://lab.test/agent/destination".to_owned(),
                 devices: self.names(),
+                key_sha256: key(&self.destination),
             }),
             ticket,
             memory_capture: v1::MemoryCapture::None.into(),

@@ -4,6 +4,7 @@
 //!   client --TCP--> Relay --TCP--> agent       bytes as they are: TLS goes through
 //!                     cut_after(n): both ends are closed once so much went up
 //!                     admit(n): whoever comes after n connections is turned away
+//!                     cut(): both ends of every connection are closed
 //!                     mute(): nothing goes either way any more, and nothing is closed
 //! ```
 //! Each connection is told what to do when it comes; the last instruction stands for all that follow.
@@ -35,6 +36,7 @@ pub(crate) struct Relay {
     /// How many connections are let through.
     admitted: watch::Sender<usize>,
     mute: watch::Sender<Mute>,
+    cut: watch::Sender<()>,
 }
 
 /// What does not go through any more.
@@ -53,8 +55,9 @@ impl Relay {
         let admitted = watch::Sender::new(usize::MAX);
         let limit = admitted.subscribe();
         let mute = watch::Sender::new(Mute::default());
+        let cut = watch::Sender::new(());
         let fates = Arc::new(Mutex::new(VecDeque::from(fates.to_vec())));
-        let (to, muted) = (agent.address(), mute.subscribe());
+        let (to, muted, cuts) = (agent.address(), mute.subscribe(), cut.clone());
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 if *count.borrow() >= *limit.borrow() {
@@ -71,10 +74,10 @@ impl Relay {
                     next
                 };
                 count.send_modify(|count| *count += 1);
-                tokio::spawn(carry(near, far, fate, muted.clone()));
+                tokio::spawn(carry(near, far, fate, muted.clone(), cuts.subscribe()));
             }
         });
-        Self { address, connections, turned_away, admitted, mute }
+        Self { address, connections, turned_away, admitted, mute, cut }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -96,6 +99,11 @@ impl Relay {
         self.turned_away.clone().wait_for(|count| *count >= connections).await.unwrap();
     }
 
+    /// Every connection that there is breaks. Those that come from now on are well.
+    pub(crate) fn cut(&self) {
+        self.cut.send_replace(());
+    }
+
     /// Nothing goes through any more, and no connection is closed.
     pub(crate) fn mute(&self) {
         self.mute.send_replace(Mute { up: true, down: true });
@@ -112,7 +120,13 @@ impl Relay {
     }
 }
 
-async fn carry(near: TcpStream, far: TcpStream, fate: Fate, muted: watch::Receiver<Mute>) {
+async fn carry(
+    near: TcpStream,
+    far: TcpStream,
+    fate: Fate,
+    muted: watch::Receiver<Mute>,
+    mut cuts: watch::Receiver<()>,
+) {
     let (near_in, near_out) = near.into_split();
     let (far_in, far_out) = far.into_split();
     let limit = match fate {
@@ -123,6 +137,7 @@ async fn carry(near: TcpStream, far: TcpStream, fate: Fate, muted: watch::Receiv
     tokio::select! {
         () = pump(near_in, far_out, limit, muted.clone(), |mute| mute.up) => {}
         () = pump(far_in, near_out, u64::MAX, muted, |mute| mute.down) => {}
+        _ = cuts.changed() => {}
     }
 }
 

@@ -275,7 +275,7 @@ impl Story {
                 ..Default::default()
             };
             let admitted = self.caller.told("Admit", destination.admit(admission).await);
-            let Some(ticket) = admitted.map(|admitted| admitted.ticket) else { continue };
+            let Some(v1::AdmitResponse { ticket, key_sha256, .. }) = admitted else { continue };
             let commit = if self.draw.manual { v1::CommitMode::Manual } else { v1::CommitMode::Auto };
             let to = AGENTS[1 - from];
             let request = v1::MigrateRequest {
@@ -284,6 +284,7 @@ impl Story {
                     endpoint: format!("https://{to}:{PORT}"),
                     spiffe_id: format!("spiffe://lab.test/agent/{to}"),
                     devices: self.names(),
+                    key_sha256,
                 }),
                 ticket,
                 pre_copy: self.draw.pre_copy.into(),

@@ -9,7 +9,7 @@ use tonic_types::{ErrorDetails, StatusExt};
 use vfio_checkpoint_proto::v1;
 
 use crate::commands::interrupted;
-use crate::moves::{KEY, TICKET};
+use crate::moves::{ITS_KEY, KEY, TICKET};
 use crate::server::Agent;
 use crate::setup::{Setup, done};
 
@@ -95,8 +95,12 @@ async fn a_migration_asks_the_destination_for_a_ticket_and_the_source_to_move() 
     assert_eq!(migrations.len(), 1);
     let asked = &migrations[0];
     assert_eq!((&asked.ticket[..], asked.devices[0].as_str()), (&TICKET[..], "devices/a"));
-    let target =
-        v1::MigrationTarget { endpoint, spiffe_id: String::new(), devices: vec!["devices/x".to_owned()] };
+    let target = v1::MigrationTarget {
+        endpoint,
+        spiffe_id: String::new(),
+        devices: vec!["devices/x".to_owned()],
+        key_sha256: ITS_KEY.to_vec().into(),
+    };
     assert_eq!(asked.target, Some(target));
     assert_eq!((asked.pre_copy(), asked.cutover()), (v1::PreCopyMode::Required, v1::CutoverMode::Auto));
     assert_eq!((asked.commit(), asked.no_convergence()), (v1::CommitMode::Auto, v1::NoConvergence::Abort));

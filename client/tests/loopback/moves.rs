@@ -8,6 +8,8 @@ use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
 pub(crate) const KEY: [u8; 32] = [7; 32];
 pub(crate) const TICKET: [u8; 32] = [9; 32];
+/// Of the destination, as it says it with a ticket.
+pub(crate) const ITS_KEY: [u8; 32] = [5; 32];
 
 #[derive(Clone, Default)]
 pub(crate) struct Moves {
@@ -67,7 +69,8 @@ impl MigrationService for Moves {
     async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitResponse>, Status> {
         self.admits.lock().unwrap().push(request.into_inner());
         self.scripted("Admit")?;
-        Ok(Response::new(v1::AdmitResponse { ticket: TICKET.to_vec().into(), expire_time: None }))
+        let key_sha256 = ITS_KEY.to_vec().into();
+        Ok(Response::new(v1::AdmitResponse { ticket: TICKET.to_vec().into(), expire_time: None, key_sha256 }))
     }
 
     async fn migrate(

@@ -85,6 +85,8 @@ pub struct MigrationTarget {
     pub spiffe_id: Option<String>,
     /// The devices that take the state.
     pub devices: Vec<DeviceName>,
+    /// The key of who admitted them. None only where nothing is to be done.
+    pub key: Option<KeyHash>,
 }
 
 /// What a source is asked to move.
@@ -106,6 +108,9 @@ impl TryFrom<v1::MigrateRequest> for MigrateSpec {
     fn try_from(wire: v1::MigrateRequest) -> Result<Self, Invalid> {
         let target = checks::present("target", wire.target)?;
         let target = MigrationTarget::try_from(target).map_err(|invalid| invalid.within("target"))?;
+        if target.key.is_none() && !wire.validate_only {
+            return Err(Invalid::new("target.key_sha256", "it must be given; take it from Admit"));
+        }
         let timeout = checks::duration("commit_timeout", wire.commit_timeout)?;
         let commit = match checks::known("commit", wire.commit)? {
             v1::CommitMode::Manual => CommitMode::Manual { timeout },
@@ -154,7 +159,9 @@ impl TryFrom<v1::MigrationTarget> for MigrationTarget {
         let endpoint = checks::text("endpoint", wire.endpoint, 1, MAX_ENDPOINT_BYTES)?;
         let spiffe_id = checks::text("spiffe_id", wire.spiffe_id, 0, MAX_SPIFFE_ID_BYTES)?;
         let devices = checks::device_set("devices", &wire.devices)?;
-        Ok(Self { endpoint, spiffe_id: Some(spiffe_id).filter(|id| !id.is_empty()), devices })
+        let key = Some(&wire.key_sha256).filter(|key| !key.is_empty());
+        let key = key.map(|key| key_hash("key_sha256", key)).transpose()?;
+        Ok(Self { endpoint, spiffe_id: Some(spiffe_id).filter(|id| !id.is_empty()), devices, key })
     }
 }
 
@@ -280,7 +287,7 @@ pub fn key_hash(field: &str, bytes: &[u8]) -> Result<KeyHash, Invalid> {
     <[u8; 32]>::try_from(bytes).map(KeyHash).map_err(|_| {
         Invalid::new(
             field,
-            format!("it has {} bytes, and a SHA-256 has 32; take it from GetAgent", bytes.len()),
+            format!("it has {} bytes, and a SHA-256 has 32; take it as the agent says it", bytes.len()),
         )
     })
 }

@@ -42,6 +42,8 @@ pub struct Admitted {
     pub ticket: Ticket,
     /// Until when it can be used.
     pub until: UnixMillis,
+    /// The key of this agent, to which its source brings the devices. None where it is not served.
+    pub key: Option<KeyHash>,
 }
 
 /// What Prepare brought.
@@ -79,7 +81,12 @@ impl Core {
         self.check_ending()?;
         let until = self.environment.unix_now().after(spec.ttl);
         let ticket = self.tickets.issue(self.environment.executor.now(), spec, caller)?;
-        Ok(Admitted { ticket, until })
+        Ok(Admitted { ticket, until, key: self.own_key() })
+    }
+
+    /// The key of the certificate that this agent shows now. None where it is not served.
+    pub fn own_key(&self) -> Option<KeyHash> {
+        self.tls.as_ref().map(|tls| KeyHash(tls.current().material.own_key_hash().0))
     }
 
     /// Leases the devices of a ticket for what its source brings.

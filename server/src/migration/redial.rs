@@ -28,7 +28,7 @@ impl Redial for RedialDestination {
             };
             let operation: OperationName = operation;
             // Whatever it is, it may pass: the destination was there when the stream began.
-            let client = self.core.dial(peer).await.map_err(|error| {
+            let client = self.core.dial_admitted(peer).await.map_err(|error| {
                 tracing::warn!(error = %chain(&error), "the destination is not reached again yet");
                 OpenStreamError::Ended
             })?;

@@ -19,7 +19,6 @@ use vfio_checkpoint_proto::domain::{
 };
 use vfio_checkpoint_proto::ids::{Epoch, OperationName, Ticket};
 use vfio_checkpoint_proto::v1;
-use vfio_checkpoint_proto::v1::BlockerReason;
 
 use super::COMMIT_PATIENCE;
 use super::peer::{PREPARE_LIMIT, PeerError};
@@ -202,7 +201,7 @@ impl Core {
         commit_timeout: Duration,
     ) -> There {
         let asking = async {
-            let client = self.dial(&destination(spec)).await?;
+            let client = self.dial_admitted(&destination(spec)).await?;
             let begun = self.environment.executor.now();
             client.get_agent(v1::GetAgentRequest {}).await.map_err(PeerError::Call)?;
             let round_trip = self.environment.executor.now().saturating_sub(begun);
@@ -228,7 +227,7 @@ impl Core {
             },
             Err(error) => {
                 let message = format!("{} cannot be asked: {}", spec.target.endpoint, chain(&error));
-                let blocker = Blocker::set(BlockerReason::DestinationUnreachable, message);
+                let blocker = Blocker::set(error.reason(), message);
                 There { blockers: vec![blocker], ..There::default() }
             }
         }
@@ -239,6 +238,7 @@ fn destination(spec: &MigrateSpec) -> PeerRecord {
     PeerRecord::Destination {
         endpoint: spec.target.endpoint.clone(),
         spiffe_id: spec.target.spiffe_id.clone(),
+        key: spec.target.key,
     }
 }
 
@@ -277,7 +277,7 @@ impl Departure {
         let peer = entry.fixed.peer.as_ref();
         let peer =
             peer.ok_or_else(|| not_taken(PeerError::Answer("nobody is on record there".to_owned())))?;
-        let client = core.dial(peer).await.map_err(not_taken)?;
+        let client = core.dial_admitted(peer).await.map_err(not_taken)?;
         let request = v1::PrepareRequest {
             ticket: bytes::Bytes::copy_from_slice(&self.ticket.0),
             source_operation: entry.fixed.name.to_string(),

@@ -165,6 +165,9 @@ pub enum PeerRecord {
         endpoint: String,
         /// Who must be there. None for whoever has the host's name.
         spiffe_id: Option<String>,
+        /// The key of the agent that admitted the devices, as the caller says. None in records of before it was asked for.
+        #[serde(default)]
+        key: Option<KeyHash>,
     },
     /// The source.
     Source {

@@ -55,16 +55,19 @@ fn key(caller: &Caller) -> KeyHash {
     KeyHash(caller.public_key_hash.0)
 }
 
+fn key_bytes(key: Option<KeyHash>) -> bytes::Bytes {
+    key.map(|key| bytes::Bytes::copy_from_slice(&key.0)).unwrap_or_default()
+}
+
 #[tonic::async_trait]
 impl MigrationService for Migrations {
     async fn get_agent(
         &self,
         _request: Request<v1::GetAgentRequest>,
     ) -> Result<Response<v1::GetAgentResponse>, Status> {
-        let key = self.core.tls.as_ref().map(|tls| tls.current().material.own_key_hash());
         Ok(Response::new(v1::GetAgentResponse {
             node: self.core.config.node.name.clone(),
-            key_sha256: key.map(|key| bytes::Bytes::copy_from_slice(&key.0)).unwrap_or_default(),
+            key_sha256: key_bytes(self.core.own_key()),
             min_version: self.core.config.server.stream_versions().min().0,
             max_version: self.core.config.server.stream_versions().max().0,
         }))
@@ -82,6 +85,7 @@ impl MigrationService for Migrations {
         Ok(Response::new(v1::AdmitResponse {
             ticket: bytes::Bytes::copy_from_slice(&admitted.ticket.0),
             expire_time: Some(admitted.until.timestamp()),
+            key_sha256: key_bytes(admitted.key),
         }))
     }
 

@@ -25,7 +25,7 @@ use tracing::{error, info, warn};
 
 use super::clock::Clock;
 use super::files::{Fingerprint, TlsBytes, TlsError, TlsFiles};
-use super::server_identity::ServerExpectation;
+use super::server_identity::{Demand, ServerExpectation};
 use super::tls::TlsMaterial;
 use crate::environment::Environment;
 
@@ -121,8 +121,12 @@ impl TlsSource {
 
     /// How to call another agent with the set in force. Made for each connection, so that none uses an old
     /// set.
-    pub fn client_config(&self, expected: ServerExpectation) -> Result<ClientConfig, TlsError> {
-        self.current().material.client_config(expected, Arc::clone(&self.0.clock))
+    pub fn client_config(
+        &self,
+        expected: ServerExpectation,
+        demand: Option<Demand>,
+    ) -> Result<ClientConfig, TlsError> {
+        self.current().material.client_config(expected, demand, Arc::clone(&self.0.clock))
     }
 
     /// Reads the files and puts them in force if they changed and are good.

@@ -38,7 +38,7 @@ use super::clock::{Clock, TlsClock};
 use super::crl::RevocationLists;
 use super::files::{TlsBytes, TlsError, TlsFiles, secs_between};
 use super::identity::{PublicKeyHash, validity_of};
-use super::server_identity::{ServerExpectation, SpiffeServerVerifier};
+use super::server_identity::{Demand, DemandingVerifier, ServerExpectation, SpiffeServerVerifier};
 
 /// The one application protocol.
 const ALPN_H2: &[u8] = b"h2";
@@ -185,10 +185,11 @@ impl TlsMaterial {
         Ok(config)
     }
 
-    /// How this agent calls another one.
+    /// How this agent calls another one, and what it demands of it, where it does.
     pub fn client_config(
         &self,
         expected: ServerExpectation,
+        demand: Option<Demand>,
         clock: Arc<dyn Clock>,
     ) -> Result<ClientConfig, TlsError> {
         let servers = Arc::clone(&self.servers);
@@ -198,10 +199,14 @@ impl TlsMaterial {
                 Arc::new(SpiffeServerVerifier::new(servers, Arc::clone(&self.roots), provider(), expected))
             }
         };
+        let verifier = match demand {
+            Some(demand) => Arc::new(DemandingVerifier::new(verifier, demand)),
+            None => verifier,
+        };
         let mut config = ClientConfig::builder_with_details(provider(), Arc::new(TlsClock(clock)))
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|source| TlsError::Setup { source })?
-            // Not dangerous here: both verifiers are built above, over the configured authorities and lists.
+            // Not dangerous here: the verifiers are built above, over the configured authorities and lists.
             .dangerous()
             .with_custom_certificate_verifier(verifier)
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&self.key))));

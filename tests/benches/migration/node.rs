@@ -209,14 +209,16 @@ pub(crate) async fn request(
         source_key_sha256: agent.key_sha256,
         ..v1::AdmitRequest::default()
     };
+    let admitted = destination.admit(admission).await?;
     Ok(v1::MigrateRequest {
         devices: names.clone(),
         target: Some(v1::MigrationTarget {
             endpoint: format!("https://{to}"),
             spiffe_id: "spiffe://lab.test/agent/destination".to_owned(),
             devices: names,
+            key_sha256: admitted.key_sha256,
         }),
-        ticket: destination.admit(admission).await?.ticket,
+        ticket: admitted.ticket,
         pre_copy: pre_copy.into(),
         memory_capture: v1::MemoryCapture::None.into(),
         request_id: new_request_id().unwrap_or_default(),

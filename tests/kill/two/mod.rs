@@ -207,10 +207,10 @@ impl Pair {
             source_key_sha256: agent.key_sha256,
             ..Default::default()
         };
-        let ticket = destination.admit(admission).await?.ticket;
+        let v1::AdmitResponse { ticket, key_sha256, .. } = destination.admit(admission).await?;
         let request = v1::MigrateRequest {
             devices: names.clone(),
-            target: Some(v1::MigrationTarget { endpoint, spiffe_id, devices: names }),
+            target: Some(v1::MigrationTarget { endpoint, spiffe_id, devices: names, key_sha256 }),
             ticket,
             pre_copy: if job.pre_copy { v1::PreCopyMode::Required } else { v1::PreCopyMode::Never }.into(),
             commit: if job.manual { v1::CommitMode::Manual } else { v1::CommitMode::Auto }.into(),

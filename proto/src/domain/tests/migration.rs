@@ -24,6 +24,7 @@ fn migrate() -> v1::MigrateRequest {
             endpoint: "https://node2:7443".into(),
             spiffe_id: String::new(),
             devices: vec!["devices/x".into(), "devices/y".into()],
+            key_sha256: vec![5; 32].into(),
         }),
         ticket: vec![9; Ticket::BYTES].into(),
         memory_capture: v1::MemoryCapture::None.into(),
@@ -114,6 +115,13 @@ fn migrations_that_are_refused_name_the_field() {
             ("target.devices", |m| drop(target(m).devices.pop())),
             ("target.devices[1]", |m| target(m).devices[1] = "devices/x".into()),
             ("target.devices[0]", |m| target(m).devices[0] = "operations/x".into()),
+            ("target.key_sha256", |m| target(m).key_sha256.clear()),
+            ("target.key_sha256", |m| target(m).key_sha256 = vec![5; 31].into()),
+            ("target.key_sha256", |m| target(m).key_sha256 = vec![5; 33].into()),
+            ("target.key_sha256", |m| {
+                m.validate_only = true;
+                target(m).key_sha256.truncate(1);
+            }),
             ("commit", |m| m.commit = 3),
             ("commit_timeout", |m| m.commit_timeout = seconds(1)),
             ("commit_timeout", |m| {
@@ -164,6 +172,7 @@ fn what_a_source_is_asked_arrives() {
     assert_eq!(converges(seconds(1), v1::NoConvergence::StopAnyway), NoConvergence::StopAnyway);
     assert_eq!(spec.commit, CommitMode::Auto);
     assert_eq!((spec.ticket, spec.target.spiffe_id), (Some(Ticket([9; Ticket::BYTES])), None));
+    assert_eq!(spec.target.key, Some(KeyHash([5; 32])));
     assert_eq!(spec.save.after, AfterSave::HandOver);
     assert!(!spec.save.validate_only);
     let manual = v1::CommitMode::Manual.into();
@@ -172,9 +181,10 @@ fn what_a_source_is_asked_arrives() {
         assert_eq!(MigrateSpec::try_from(wire).unwrap().commit, CommitMode::Manual { timeout });
     }
     // Nothing is done, so nothing opens the destination.
-    let dry = v1::MigrateRequest { ticket: Bytes::new(), validate_only: true, ..migrate() };
+    let mut dry = v1::MigrateRequest { ticket: Bytes::new(), validate_only: true, ..migrate() };
+    dry.target.as_mut().unwrap().key_sha256.clear();
     let spec = MigrateSpec::try_from(dry).unwrap();
-    assert!(spec.ticket.is_none() && spec.save.validate_only);
+    assert!(spec.ticket.is_none() && spec.target.key.is_none() && spec.save.validate_only);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Which servers this agent talks to when it is the client.
 
-use super::super::identity::SpiffeId;
-use super::super::server_identity::ServerExpectation;
+use super::super::identity::{PublicKeyHash, SpiffeId};
+use super::super::roles::{Grant, Policy, PolicyHandle, Role};
+use super::super::server_identity::{Demand, ServerExpectation};
 use super::*;
 
 fn id(text: &str) -> ServerExpectation {
@@ -14,7 +15,17 @@ fn domain(text: &str) -> ServerExpectation {
 
 /// Calls the agent as itself, expecting this, under this name.
 async fn call(world: &World, door: &Door, expected: ServerExpectation, name: &str) -> Result<(), String> {
-    let config = world.source.client_config(expected).unwrap();
+    call_with(world, door, expected, None, name).await
+}
+
+async fn call_with(
+    world: &World,
+    door: &Door,
+    expected: ServerExpectation,
+    demand: Option<Demand>,
+    name: &str,
+) -> Result<(), String> {
+    let config = world.source.client_config(expected, demand).unwrap();
     let tcp = TcpStream::connect(door.address).await.unwrap();
     let name = ServerName::try_from(name.to_owned()).unwrap();
     let stream = soon(TlsConnector::from(Arc::new(config)).connect(name, tcp)).await;
@@ -75,7 +86,7 @@ async fn a_revoked_or_strange_server_is_refused_whatever_is_expected() {
 async fn an_expired_server_is_refused() {
     let world = World::new();
     let door = world.open().await;
-    let config = world.source.client_config(domain("lab.example")).unwrap();
+    let config = world.source.client_config(domain("lab.example"), None).unwrap();
     world.clock.set(86_401);
     let refused = dial(door.address, config).await.unwrap_err().to_string();
     assert!(refused.contains("expired"), "{refused}");
@@ -90,4 +101,47 @@ async fn a_server_without_a_spiffe_id_is_not_a_workload() {
     let door = world.open().await;
     let refused = call(&world, &door, domain("lab.example"), "agent.example").await.unwrap_err();
     assert!(refused.contains("dns:agent.example"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_server_needs_the_role_of_now_and_the_key_beside_its_name() {
+    let world = World::with_crl();
+    let door = world.open().await;
+    let grant = |who: &str, role| {
+        let who = who.parse().unwrap();
+        Policy { grants: vec![Grant { who, roles: vec![role] }] }
+    };
+    let peers = || grant("spiffe://lab.example/agent/*", Role::Peer);
+    let policy = PolicyHandle::new(peers());
+    let own = world.source.current().material.own_key_hash();
+    let call = async |expected, key| {
+        let demand = Demand { policy: policy.clone(), role: Role::Peer, key };
+        call_with(&world, &door, expected, Some(demand), "agent.example").await
+    };
+    let other = PublicKeyHash([7; 32]);
+    let no_role = r#"NoRole { found: "spiffe://lab.example/agent/a", role: Peer }"#;
+    let other_key = format!("OtherKey {{ found: {own:?}, expected: {other:?} }}");
+    for expected in [ServerExpectation::HostName, id("spiffe://lab.example/agent/a"), domain("lab.example")] {
+        for key in [None, Some(own)] {
+            policy.replace(peers());
+            call(expected.clone(), key).await.unwrap();
+            for denies in [
+                Policy::default(),
+                grant("spiffe://lab.example/agent/*", Role::Migrator),
+                grant("spiffe://lab.example/other/*", Role::Peer),
+                // The name that it was dialled by is not who it is.
+                grant("agent.example", Role::Peer),
+            ] {
+                policy.replace(denies);
+                let refused = call(expected.clone(), key).await.unwrap_err();
+                assert!(refused.contains(no_role), "{refused}");
+            }
+        }
+        policy.replace(peers());
+        let refused = call(expected.clone(), Some(other)).await.unwrap_err();
+        assert!(refused.contains(&other_key), "{refused}");
+    }
+    // It takes the place of nothing that is asked of a server without it.
+    let stranger = call(id("spiffe://lab.example/agent/b"), Some(own)).await.unwrap_err();
+    assert!(stranger.contains("Other {"), "{stranger}");
 }

@@ -15,6 +15,7 @@
 
 use std::mem;
 
+use bytes::Bytes;
 use vfio_checkpoint_client::call::{Client, new_request_id};
 use vfio_checkpoint_device::kernel::KernelPath;
 use vfio_checkpoint_fsm::State::{self, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
@@ -70,10 +71,10 @@ impl<'a> Node<'a> {
         self.lab.with_client(self.agent(), work)
     }
 
-    /// As another agent reaches it.
-    fn target(&self, devices: Vec<String>) -> v1::MigrationTarget {
+    /// As another agent reaches it, and knows it by its key.
+    fn target(&self, devices: Vec<String>, key_sha256: Bytes) -> v1::MigrationTarget {
         let (endpoint, spiffe_id) = (self.agent().endpoint().to_owned(), self.lab.identity().to_owned());
-        v1::MigrationTarget { endpoint, spiffe_id, devices }
+        v1::MigrationTarget { endpoint, spiffe_id, devices, key_sha256 }
     }
 
     fn end(self) {
@@ -185,8 +186,9 @@ fn begin(from: &Node<'_>, to: &Node<'_>, devices: Vec<String>, request: v1::Migr
         source_key_sha256,
         ..v1::AdmitRequest::default()
     };
-    let ticket = to.with_client(async |client| client.admit(admission).await.expect("a ticket").ticket);
-    let request = v1::MigrateRequest { target: Some(to.target(devices.clone())), devices, ticket, ..request };
+    let admitted = to.with_client(async |client| client.admit(admission).await.expect("a ticket"));
+    let target = Some(to.target(devices.clone(), admitted.key_sha256));
+    let request = v1::MigrateRequest { target, devices, ticket: admitted.ticket, ..request };
     from.with_client(async |client| {
         client.migrate(request).await.expect("a migration").operation.expect("an operation").name
     })

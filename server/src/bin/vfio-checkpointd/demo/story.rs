@@ -160,14 +160,16 @@ async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) 
         source_key_sha256: agent.key_sha256,
         ..v1::AdmitRequest::default()
     };
+    let admitted = destination.operator.admit(admission).await?;
     let request = v1::MigrateRequest {
         devices: vec![MOVING.to_owned()],
         target: Some(v1::MigrationTarget {
             endpoint: format!("https://localhost:{}", destination.agent.address().port()),
             spiffe_id: format!("spiffe://demo.vfio-checkpoint/agent/{}", destination.name),
             devices: vec![MOVING.to_owned()],
+            key_sha256: admitted.key_sha256,
         }),
-        ticket: destination.operator.admit(admission).await?.ticket,
+        ticket: admitted.ticket,
         pre_copy: v1::PreCopyMode::Required.into(),
         memory_capture: v1::MemoryCapture::None.into(),
         request_id: new_request_id().ok_or("this machine has no randomness")?,

@@ -124,9 +124,15 @@ impl DestinationArgs {
 }
 
 impl Destination {
+    /// But for the key of whoever admits the devices, which it says itself.
     pub(super) fn target(&self, devices: Vec<String>) -> v1::MigrationTarget {
         let spiffe_id = self.settings.server_spiffe_id.clone().unwrap_or_default();
-        v1::MigrationTarget { endpoint: self.endpoint.clone(), spiffe_id, devices }
+        v1::MigrationTarget {
+            endpoint: self.endpoint.clone(),
+            spiffe_id,
+            devices,
+            key_sha256: bytes::Bytes::new(),
+        }
     }
 }
 

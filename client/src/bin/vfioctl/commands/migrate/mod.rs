@@ -3,8 +3,8 @@
 //! ```text
 //!   source                                         destination
 //!   GetAgent, GetDevice ..: key, logical devices
-//!                                                  Admit: a ticket for that key and these devices
-//!   Migrate{ticket} -> wait until done -> summary  (the two agents talk to each other)
+//!                                                  Admit: a ticket for that key and these devices, and its own key
+//!   Migrate{ticket, key} -> wait until done -> summary  (the two agents talk to each other)
 //!   Migrate{validate_only} -> what is in the way   with --dry-run, see [`dry_run`]
 //! ```
 //!
@@ -120,9 +120,10 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<Exit, Fail
         () = interrupts.next() => return Err(Failure::new(Exit::Interrupted, "interrupted; nothing was touched")),
     };
     let operation = match opened {
-        Opened::Ticket(ticket) => {
-            let answer =
-                client.migrate(v1::MigrateRequest { ticket, ..request }).await.map_err(Failure::call)?;
+        Opened::Admitted(v1::AdmitResponse { ticket, key_sha256, .. }) => {
+            let target = Some(v1::MigrationTarget { key_sha256, ..target.clone() });
+            let request = v1::MigrateRequest { target, ticket, ..request };
+            let answer = client.migrate(request).await.map_err(Failure::call)?;
             answer.operation.ok_or_else(|| missing("Migrate", "operation"))?
         }
         Opened::Before(operation) => *operation,
@@ -181,8 +182,8 @@ fn migration(args: &MigrateArgs, target: v1::MigrationTarget) -> Result<v1::Migr
 
 /// What a migration begins with.
 enum Opened {
-    /// What lets the source in.
-    Ticket(bytes::Bytes),
+    /// What lets the source in, and who it is that does.
+    Admitted(v1::AdmitResponse),
     /// It has begun already.
     Before(Box<v1::Operation>),
 }
@@ -220,7 +221,11 @@ async fn open(
     };
     let other = destination.settings.connect(global).await.map_err(there)?;
     let admitted = other.admit(admit).await.map_err(|error| there(Failure::call(error)))?;
-    Ok(Opened::Ticket(admitted.ticket))
+    if admitted.key_sha256.is_empty() {
+        let old = Failure::new(Exit::Refused, "its agent does not say its key with a ticket");
+        return Err(there(old.hint("this agent is older than its source; run a newer one there")));
+    }
+    Ok(Opened::Admitted(admitted))
 }
 
 /// A ticket is for one use, so a migration that goes on cannot be asked for again with a new one: it is looked for.

@@ -126,6 +126,7 @@ mod tests {
             endpoint: "https://node2:7443".to_owned(),
             spiffe_id: String::new(),
             devices: vec!["devices/x".to_owned(), "devices/y".to_owned()],
+            ..Default::default()
         };
         let kept = Summary::new(&done, &target, Some(Duration::from_millis(300)));
         let broken = Summary::new(&done, &target, Some(Duration::from_millis(12)));
