@@ -34,6 +34,7 @@ mod operations;
 mod owed;
 mod pair;
 mod peers;
+mod ready;
 mod reasons;
 mod relay;
 mod restores;

@@ -343,6 +343,11 @@ impl World {
         self.lab.client(agent, "admin").await
     }
 
+    /// A client of the agent that runs, with a certificate of this identity.
+    pub(crate) async fn client_as(&self, identity: &str) -> Client {
+        self.lab.client_at(self.address(), identity).await
+    }
+
     pub(crate) async fn client(&self) -> Client {
         self.lab.client_at(self.address(), "spiffe://lab.test/admin/test").await
     }

@@ -81,10 +81,10 @@ pub(crate) const MESSAGES: [Message; 11] = [
     Message {
         call: "Ready",
         service: MIGRATION,
-        way: "caller to destination",
+        way: "who called Admit, or an admin, to destination",
         when: "where Admit asked for it, before Prepared",
         record: "destination: LOADING",
-        does: "goes on to PREPARED",
+        does: "has it on record, and goes on to PREPARED once all is loaded; until then CommitHandover is refused",
         again: "nothing",
     },
     Message {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   stream --WireSource--> device::operation::restore
-//!   loaded, PREPARED on record --> [Ready] --> Ack{complete}: the source is told Prepared
+//!   loaded, HELD on record --> [Ready, on record] --> Ack{complete}: the source is told Prepared
 //! ```
 
 use std::sync::Arc;

@@ -3,10 +3,16 @@
 //! ```text
 //!   admit    -> Tickets
 //!   prepare  -> blockers, ticket -> admitted as an arrival: leased, on record, its task waits for the stream
+//!   ready    -> on record -> said to the task, which tells the source Prepared
 //!   commit   -> ArrivalStep::on_commit -> Commit said to the task -> its end, once that is on record
 //!   abandon  -> Cancel said to the task, unless it is too late
 //! ```
 //! What is answered about a hand-over is its record, and its verdict only once its end is durable.
+//!
+//! # Invariants
+//! - Where Admit asked for Ready an arrival counts as loading until Ready is on record: it is told as that, `CommitHandover`
+//!   is refused, and a later life of the agent resets its devices. Its source was not told Prepared.
+//! - Ready is the word of the identity that called Admit, or of an admin.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,6 +156,7 @@ impl Core {
         let handover = HandoverRecord {
             operation: Some(spec.source_operation),
             secret: Some(random()?),
+            admitted_by: Some(promise.caller),
             epochs: devices.iter().map(|(_, _, epoch)| *epoch).collect(),
             ..HandoverRecord::new(PeerRecord::Source { key })
         };
@@ -250,6 +257,11 @@ impl Core {
         }
         let mut changes = entry.changes();
         match step(&entry).on_commit() {
+            CommitAnswer::NotPrepared
+                if entry.owes_ready() && entry.on_record().arrival(None) == ArrivalStep::Prepared =>
+            {
+                return Err(refused(Refused::NotReady));
+            }
             CommitAnswer::NotPrepared => {
                 return Err(refused(Refused::NotPrepared { phase: entry.view().phase }));
             }
@@ -260,6 +272,37 @@ impl Core {
         // The sender is in the entry, so waiting fails only with the agent.
         let _ended = changes.wait_for(|view| view.end.is_some()).await;
         Ok(told(&entry))
+    }
+
+    /// Whoever uses the devices of an arrival is ready.
+    pub async fn ready(
+        &self,
+        name: &OperationName,
+        caller: &str,
+        is_admin: bool,
+    ) -> Result<Arc<Entry>, Refusal> {
+        let entry = self.operations.get(name).ok_or_else(|| Refusal::OperationNotFound(name.clone()))?;
+        let takes =
+            || entry.takes_ready().map_err(|refused| Refusal::Operation { operation: name.clone(), refused });
+        takes()?;
+        let admitted_by = entry.view().handover.and_then(|handover| handover.record.admitted_by);
+        if !is_admin && admitted_by.as_deref() != Some(caller) {
+            return Err(Refusal::NotYourAdmission(name.clone()));
+        }
+        {
+            let _one_at_a_time = entry.recording.lock().await;
+            takes()?;
+            if entry.owes_ready() {
+                let mut record = entry.record(entry.on_record());
+                if let Some(handover) = &mut record.handover {
+                    handover.ready = true;
+                }
+                self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+                entry.hand_over(|handover| handover.record.ready = true);
+            }
+        }
+        entry.signals.say_ready();
+        Ok(entry)
     }
 
     /// Gives an arrival up on the word of its source. Says how it stands, which may be that it is too late.
@@ -307,7 +350,14 @@ fn step(entry: &Entry) -> ArrivalStep {
     if view.end.is_some() {
         return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
     }
-    entry.on_record().arrival(None)
+    match entry.on_record().arrival(None) {
+        ArrivalStep::Prepared if entry.owes_ready() => ArrivalStep::Loading,
+        step @ (ArrivalStep::Loading
+        | ArrivalStep::Prepared
+        | ArrivalStep::Committing
+        | ArrivalStep::Reverting
+        | ArrivalStep::Over(_)) => step,
+    }
 }
 
 fn told(entry: &Entry) -> Told {

@@ -231,8 +231,11 @@ mod tests {
         verdict: Option<VerdictRecord>,
         resolution: Option<ResolutionRecord>,
     ) -> Entry {
-        let peer =
-            PeerRecord::Destination { endpoint: "https://node2.example:7443".to_owned(), spiffe_id: None };
+        let peer = PeerRecord::Destination {
+            endpoint: "https://node2.example:7443".to_owned(),
+            spiffe_id: None,
+            key: None,
+        };
         let handover = HandoverRecord { verdict, resolution, ..HandoverRecord::new(peer) };
         Entry::recorded(OperationRecord {
             name: "operations/1".parse().unwrap(),

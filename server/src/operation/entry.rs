@@ -129,7 +129,9 @@ impl Entry {
             | RecordedStep::Ended(_) => None,
         };
         let arrives = matches!(job, JobRecord::Arrive { .. });
+        let owes_ready = owes_ready(job, handover.as_ref());
         let (phase, deadline) = match &step {
+            RecordedStep::Held { .. } if owes_ready => (Phase::Unwinding, None),
             RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Reverting => {
                 (Phase::Unwinding, None)
             }
@@ -366,8 +368,19 @@ impl Entry {
         arrives && asked.is_some_and(|record| record.prepared.is_some() && !record.settled)
     }
 
+    /// Whether it is an arrival of which Ready is to be said, and is not on record. Until then its source is told nothing,
+    /// so it is no further than loading, whatever else is on record of it.
+    pub fn owes_ready(&self) -> bool {
+        owes_ready(self.fixed.job, self.view.borrow().handover.as_ref().map(|handover| &handover.record))
+    }
+
     /// The names of its devices.
     pub fn device_names(&self) -> impl Iterator<Item = &DeviceName> {
         self.fixed.devices.iter().map(|device| &device.device)
     }
+}
+
+fn owes_ready(job: JobRecord, handover: Option<&HandoverRecord>) -> bool {
+    let wanted = matches!(job, JobRecord::Arrive { require_ready: true, .. });
+    wanted && handover.is_some_and(|handover| !handover.ready)
 }

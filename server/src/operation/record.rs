@@ -130,6 +130,12 @@ pub struct HandoverRecord {
     pub resolution: Option<ResolutionRecord>,
     /// At the destination: the source has its own end on record.
     pub settled: bool,
+    /// At the destination: who asked for the ticket. None in records of before it was kept.
+    #[serde(default)]
+    pub admitted_by: Option<String>,
+    /// At the destination: whoever uses the devices has said Ready.
+    #[serde(default)]
+    pub ready: bool,
     /// State sent again after a connection broke.
     pub resent_bytes: u64,
     /// How often the stream was taken up again.
@@ -149,6 +155,8 @@ impl HandoverRecord {
             verdict: None,
             resolution: None,
             settled: false,
+            admitted_by: None,
+            ready: false,
             resent_bytes: 0,
             reconnects: 0,
         }

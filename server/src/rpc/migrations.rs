@@ -15,6 +15,7 @@ use super::{Refusal, audit, messages, open, own_entry, spec, to_its_end};
 use crate::core::Core;
 use crate::operation::{Entry, Refused, Starter};
 use crate::security::authorize::Caller;
+use crate::security::roles::Role;
 use crate::telemetry;
 
 /// Devices from node to node.
@@ -39,14 +40,6 @@ impl Migrations {
         let name = operation_name("operation", operation)?;
         let entry = own_entry(&self.core, &name, caller)?;
         say(&entry).map_err(|refused| Refusal::Operation { operation: name, refused })?;
-        Ok(entry)
-    }
-
-    /// Ready is said by whoever uses the devices of the destination, who is not the source that started the arrival.
-    fn say_ready(&self, operation: &str) -> Result<Arc<Entry>, Refusal> {
-        let name = operation_name("operation", operation)?;
-        let entry = super::entry(&self.core, &name)?;
-        entry.ready().map_err(|refused| Refusal::Operation { operation: name, refused })?;
         Ok(entry)
     }
 }
@@ -127,7 +120,13 @@ impl MigrationService for Migrations {
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::ReadyResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let said = self.say_ready(&wire.operation);
+        let said = async {
+            let name = operation_name("operation", &wire.operation)?;
+            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
+            let is_admin = caller.roles.contains(Role::Admin);
+            to_its_end(&self.core.tasks, async move { core.ready(&name, &by, is_admin).await }).await
+        }
+        .await;
         audit(&caller, "Ready", &wire.operation, &said);
         Ok(Response::new(v1::ReadyResponse { operation: Some(messages::operation(&*said?)) }))
     }

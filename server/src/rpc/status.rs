@@ -83,6 +83,9 @@ pub enum Refusal {
     /// An operation of somebody else.
     #[error("{0} was started by another identity, and only that one or an admin may do this")]
     NotYours(OperationName),
+    /// An arrival that somebody else let in.
+    #[error("another identity asked for the ticket of {0}, and only that one or an admin may say Ready")]
+    NotYourAdmission(OperationName),
     /// A log of dirty pages of somebody else.
     #[error(
         "the dirty pages of {0} are tracked by another identity, or an operation of one has it; reading the log clears it"
@@ -191,6 +194,7 @@ impl From<Refusal> for Status {
             | Refusal::Store { .. }
             | Refusal::Operation { .. }
             | Refusal::NotYours(_)
+            | Refusal::NotYourAdmission(_)
             | Refusal::NotYourLog(_)
             | Refusal::StreamRole { .. }
             | Refusal::StreamOpen(_)
@@ -221,6 +225,7 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
             (Code::Unavailable, ErrorReason::Blocked)
         }
         Refusal::Blocked(_) => (Code::FailedPrecondition, ErrorReason::Blocked),
+        Refusal::Operation { refused: Refused::NotReady, .. } => (Code::Unavailable, ErrorReason::NotReady),
         Refusal::Operation { refused, .. } => (
             Code::FailedPrecondition,
             match refused {
@@ -236,6 +241,7 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
                 Refused::NotAMigration => ErrorReason::NotAMigration,
                 Refused::NotAskedFor => ErrorReason::NotAskedFor,
                 Refused::NotPrepared { .. } => ErrorReason::NotPrepared,
+                Refused::NotReady => ErrorReason::NotReady,
                 Refused::StaleEpoch => ErrorReason::StaleEpoch,
                 Refused::NotInDoubt { .. } => ErrorReason::NotInDoubt,
                 Refused::Unresolvable(_) => ErrorReason::Unresolvable,
@@ -246,7 +252,9 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
         Refusal::NotYourCheckpoint(_) => (Code::PermissionDenied, ErrorReason::NotYourCheckpoint),
         Refusal::CheckpointDamaged { .. } => (Code::FailedPrecondition, ErrorReason::CheckpointDamaged),
         Refusal::Store { error, .. } => store(error),
-        Refusal::NotYours(_) => (Code::PermissionDenied, ErrorReason::NotYourOperation),
+        Refusal::NotYours(_) | Refusal::NotYourAdmission(_) => {
+            (Code::PermissionDenied, ErrorReason::NotYourOperation)
+        }
         Refusal::NotYourLog(_) => (Code::PermissionDenied, ErrorReason::NotYourDirtyLog),
         Refusal::StreamRole { .. } => (Code::FailedPrecondition, ErrorReason::StreamRole),
         Refusal::StreamOpen(_) => (Code::InvalidArgument, ErrorReason::StreamOpen),
@@ -293,6 +301,7 @@ fn metadata(refusal: &Refusal) -> HashMap<String, String> {
         }
         Refusal::OperationNotFound(operation)
         | Refusal::NotYours(operation)
+        | Refusal::NotYourAdmission(operation)
         | Refusal::Operation { operation, .. }
         | Refusal::RoleOfOperation { operation, .. }
         | Refusal::StreamRole { operation, .. } => ("operation", operation.to_string()),

@@ -15,6 +15,7 @@
 //!   missing.rs  a device that its agent does not find, or not at once, when it is back
 //!   full.rs     a journal that takes nothing more
 //!   expiry.rs   a certificate that ends in mid-stream
+//!   ready.rs    a destination that is killed while it waits for Ready
 //! ```
 //! The state that moves is [`Content::Own`] of the first device, and of the second; every device has the same content at
 //! power-on on both nodes, so that a seal says what is where. A node is a source in one migration and the destination of
@@ -28,6 +29,7 @@ mod expiry;
 mod full;
 mod kills;
 mod missing;
+mod ready;
 mod relay;
 mod settle;
 mod silence;
@@ -55,19 +57,26 @@ pub(crate) struct Move {
     /// Commit is said by the caller, who does so at once.
     pub(crate) manual: bool,
     commit_timeout: Option<prost_types::Duration>,
+    /// The destination waits for Ready before it says Prepared.
+    require_ready: bool,
     request_id: String,
 }
 
 impl Move {
     pub(crate) fn new(pre_copy: bool) -> Self {
         let request_id = new_request_id().unwrap();
-        Self { pre_copy, manual: false, commit_timeout: None, request_id }
+        Self { pre_copy, manual: false, commit_timeout: None, require_ready: false, request_id }
     }
 
     /// The caller says when to commit, for which it has so many seconds.
     pub(crate) fn by_hand_within(self, seconds: i64) -> Self {
         let commit_timeout = Some(prost_types::Duration { seconds, nanos: 0 });
         Self { manual: true, commit_timeout, ..self }
+    }
+
+    /// Ready is to be said at the destination.
+    fn awaiting_ready(self) -> Self {
+        Self { require_ready: true, ..self }
     }
 }
 
@@ -205,6 +214,7 @@ impl Pair {
             logical_devices,
             devices: names.clone(),
             source_key_sha256: agent.key_sha256,
+            require_ready: job.require_ready,
             ..Default::default()
         };
         let v1::AdmitResponse { ticket, key_sha256, .. } = destination.admit(admission).await?;

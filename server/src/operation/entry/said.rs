@@ -95,6 +95,9 @@ pub enum Refused {
         /// Where it is.
         phase: Phase,
     },
+    /// The destination has all state, and nobody has said Ready there.
+    #[error("whoever uses its devices has not said Ready yet; send it again once that was said")]
+    NotReady,
     /// Another epoch.
     #[error("the epochs are not those that Prepare answered")]
     StaleEpoch,
@@ -197,8 +200,8 @@ impl Entry {
         }
     }
 
-    /// Says Ready. It may be said before it is waited for.
-    pub fn ready(&self) -> Result<(), Refused> {
+    /// Whether Ready may be said. It may be so before it is waited for.
+    pub fn takes_ready(&self) -> Result<(), Refused> {
         match self.fixed.job {
             JobRecord::Arrive { require_ready: true, .. } => {}
             JobRecord::Arrive { require_ready: false, .. } => return Err(Refused::NotAskedFor),
@@ -213,7 +216,6 @@ impl Entry {
         if view.phase == Phase::Unwinding || self.signals.cancel_reason().is_some() {
             return Err(Refused::Undone);
         }
-        self.signals.say_ready();
         Ok(())
     }
 

@@ -63,6 +63,7 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         ErrorReason::NotAMigration => Some(refused(Refused::NotAMigration)),
         ErrorReason::NotAskedFor => Some(refused(Refused::NotAskedFor)),
         ErrorReason::NotPrepared => Some(refused(Refused::NotPrepared { phase: Phase::StopCopy })),
+        ErrorReason::NotReady => Some(refused(Refused::NotReady)),
         ErrorReason::StaleEpoch => Some(refused(Refused::StaleEpoch)),
         ErrorReason::NotInDoubt => Some(refused(Refused::NotInDoubt { phase: Phase::Prepared })),
         ErrorReason::Unresolvable => Some(refused(Refused::Unresolvable(Unresolvable::MayRunThere))),
@@ -142,6 +143,7 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         ErrorReason::JournalFailed
         | ErrorReason::ShuttingDown
         | ErrorReason::StoreUnavailable
+        | ErrorReason::NotReady
         | ErrorReason::TooManyTickets => Code::Unavailable,
         ErrorReason::Unspecified | ErrorReason::Defect => Code::Internal,
         ErrorReason::RoleRequired
