@@ -27,6 +27,7 @@ mod handed_over;
 mod idempotency;
 mod journal;
 mod lab;
+mod late;
 mod limits;
 mod listing;
 mod migrations;

@@ -222,7 +222,8 @@ fn finds(plant: Plant) -> (Found, Setup) {
             let budget = Budget { destination_crashes: 1, destination_sets: 1, writes: 1, ..NOTHING };
             (By(oracle::TRUE_REPORT), Setup { budget, ..plain })
         }
-        Plant::TicketTwice | Plant::OldTicket => (By(oracle::ONE_RECOVERABLE), again),
+        Plant::TicketTwice => (By(oracle::ONE_RECOVERABLE), again),
+        Plant::OldTicket => (By(oracle::NO_STALE_MESSAGE), again),
         Plant::LostIsRefused => (By(oracle::NO_FORK), plain),
         Plant::CallsOffWhatIsLetGo => (By(oracle::NOT_CALLED_OFF), admin),
         Plant::OpensBeforeVerdict => {

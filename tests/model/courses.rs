@@ -2,7 +2,7 @@
 //! of it.
 //!
 //! ```text
-//!   course: World, World, World ...        the first step that is possible and no fault, again and again
+//!   course: World, World, World ...        a step that is possible and no fault, the destination's first, again and again
 //!             |
 //!             +-- a fault --> every order of what must follow --> ends
 //! ```
@@ -60,6 +60,8 @@ fn rank(action: Action) -> Option<u8> {
         Action::Destination(action) => match action {
             DestinationAction::Records
             | DestinationAction::HearsPrepare(_)
+            | DestinationAction::SaysAccepted
+            | DestinationAction::HearsStream(_)
             | DestinationAction::HearsState { damaged: false, .. }
             | DestinationAction::HearsCommit(_)
             | DestinationAction::HearsAbandon(_)
@@ -95,6 +97,8 @@ fn is_of_stream(action: Action) -> bool {
                 | SourceAction::SendsState { .. }
         ) | Action::Destination(
             DestinationAction::HearsPrepare(_)
+                | DestinationAction::SaysAccepted
+                | DestinationAction::HearsStream(_)
                 | DestinationAction::HearsState { .. }
                 | DestinationAction::SaysPrepared
         )
@@ -119,9 +123,12 @@ fn onward(checked: &HandOver, world: &World, stream: bool) -> Vec<(Action, World
 /// A run in which nothing goes wrong.
 fn course(checked: &HandOver) -> Vec<(Option<Action>, World)> {
     let mut course = vec![(None, World::new(&checked.setup))];
-    while let Some((action, next)) =
-        course.last().and_then(|(_, world)| onward(checked, world, true).into_iter().next())
-    {
+    while let Some((action, next)) = course.last().and_then(|(_, world)| {
+        // So that what was said is heard before more is said.
+        let mut next = onward(checked, world, true);
+        next.sort_by_key(|(action, _)| !matches!(action, Action::Destination(_)));
+        next.into_iter().next()
+    }) {
         course.push((Some(action), next));
     }
     course
@@ -152,6 +159,7 @@ fn lines(checked: &HandOver, action: Action, before: &World, after: &World) -> V
         Action::Source(action) => match action {
             SourceAction::AsksPrepare => line("S->>D: Prepare"),
             SourceAction::Saves => vec![format!("Note over S: {}", after.source.machine)],
+            SourceAction::HearsAccepted(_) => line("S->>D: StreamState opens"),
             SourceAction::SendsState { .. } => line("S->>D: StreamState: chunks and seals"),
             SourceAction::HearsPrepared(_) => line("Note over S: Offered"),
             SourceAction::CommitIsDue if checked.is_manual() => line("C->>S: Commit"),
@@ -163,7 +171,6 @@ fn lines(checked: &HandOver, action: Action, before: &World, after: &World) -> V
             SourceAction::Sets { member } => vec![format!("Note over S: device {} is reset", member + 1)],
             SourceAction::Settles => line("S->>D: GetHandover, settled"),
             SourceAction::WriteFails { .. }
-            | SourceAction::HearsAccepted(_)
             | SourceAction::HearsAnswer(..)
             | SourceAction::CommitIsDue
             | SourceAction::Abandons
@@ -181,9 +188,8 @@ fn lines(checked: &HandOver, action: Action, before: &World, after: &World) -> V
                 let name = after.destination.durable.map_or("nothing", arrival_name);
                 vec![format!("Note over D: on record: {name}")]
             }
-            DestinationAction::Enters => {
-                vec!["Note over D: devices in RESUMING".to_owned(), "D-->>S: answer of Prepare".to_owned()]
-            }
+            DestinationAction::SaysAccepted => line("D-->>S: answer of Prepare"),
+            DestinationAction::Enters => line("Note over D: devices in RESUMING"),
             DestinationAction::HearsState { .. } => line("Note over D: all is loaded and verified"),
             DestinationAction::SaysPrepared => line("D-->>S: last Ack, complete: Prepared"),
             DestinationAction::Sets { member, .. } => {
@@ -195,6 +201,7 @@ fn lines(checked: &HandOver, action: Action, before: &World, after: &World) -> V
             }
             DestinationAction::WriteFails { .. }
             | DestinationAction::HearsPrepare(_)
+            | DestinationAction::HearsStream(_)
             | DestinationAction::HearsCommit(_)
             | DestinationAction::HearsAbandon(_)
             | DestinationAction::HearsSettled(_)
@@ -219,9 +226,13 @@ fn out_there(world: &World, state: State) -> usize {
 }
 
 /// The steps of a run, each with the first state that counts as it.
-const STEPS: [(&str, Reached); 17] = [
+const STEPS: [(&str, Reached); 19] = [
     ("Prepare is under way", |world| world.is_said(0, Word::Prepare)),
-    ("state is under way", |world| world.source.machine == SaveState::Draining),
+    ("Prepare is heard, LOADING is being written", |world| world.destination.arrival.is_some()),
+    ("Prepare is answered", |world| world.is_said(0, Word::Accepted)),
+    ("state is under way", |world| {
+        world.source.machine == SaveState::Draining && world.destination.machine == RestoreState::Loading
+    }),
     ("PREPARED is being written", |world| {
         matches!(world.destination.machine, RestoreState::Held { .. }) && world.destination.writing
     }),

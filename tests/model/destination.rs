@@ -38,6 +38,8 @@ pub(crate) enum DestinationAction {
     Records,
     WriteFails { durable: bool },
     HearsPrepare(u8),
+    SaysAccepted,
+    HearsStream(u8),
     HearsState { of: u8, damaged: bool },
     HearsCommit(u8),
     HearsAbandon(u8),
@@ -86,6 +88,7 @@ impl HandOver {
         for of in 0..=world.attempt {
             let heard = [
                 (Word::Prepare, Do::HearsPrepare(of)),
+                (Word::Opens, Do::HearsStream(of)),
                 (Word::State, Do::HearsState { of, damaged: false }),
                 (Word::DamagedState, Do::HearsState { of, damaged: true }),
                 (Word::Commit, Do::HearsCommit(of)),
@@ -99,7 +102,8 @@ impl HandOver {
         if destination.arrival.is_none() || matches!(destination.believed, ArrivalStep::Over(_)) {
             return;
         }
-        actions.extend([Do::TimeIsUp, Do::LosesConnection, Do::Reports, Do::Enters, Do::SaysPrepared]);
+        actions.extend([Do::TimeIsUp, Do::LosesConnection, Do::Reports, Do::Enters]);
+        actions.extend([Do::SaysAccepted, Do::SaysPrepared]);
         if self.setup.cancels {
             actions.push(Do::IsShutDown);
         }
@@ -139,6 +143,13 @@ impl HandOver {
                 true
             }
             Do::HearsPrepare(of) => self.hears_prepare(world, of),
+            Do::SaysAccepted => {
+                let is_admitted = world.destination.machine == RestoreState::Admitted;
+                let Some(of) = world.destination.arrival.filter(|_| is_admitted) else { return false };
+                world.said(of).say(Word::Accepted);
+                true
+            }
+            Do::HearsStream(of) => self.hears_stream(world, of),
             Do::HearsState { of, damaged } => self.hears_state(world, of, damaged),
             Do::HearsCommit(of) => self.hears_commit(world, of),
             Do::HearsAbandon(of) => self.heard_by_destination(world, of, |checked, world| {
@@ -151,13 +162,11 @@ impl HandOver {
                 }
                 let entered = Device { state: State::Resuming, ..Device::BLANK };
                 world.there[..self.setup.devices].fill(entered);
-                if let Some(of) = world.destination.arrival {
-                    world.said(of).say(Word::Accepted);
-                }
                 self.destination_event(world, RestoreEvent::AllEntered)
             }
             Do::SaysPrepared => {
-                let is_held = matches!(world.destination.machine, RestoreState::Held { .. });
+                let is_held = matches!(world.destination.machine, RestoreState::Held { .. })
+                    && world.destination.streams;
                 let Some(of) = world.destination.arrival.filter(|_| is_held) else { return false };
                 world.said(of).say(Word::Prepared);
                 true
@@ -250,7 +259,6 @@ impl HandOver {
     fn destination_durable(world: &mut World) {
         world.destination.durable = Some(world.destination.believed);
         let at = usize::from(world.destination.arrival.unwrap_or(0));
-        world.destination.used[at] = true;
         match world.destination.believed {
             ArrivalStep::Prepared => world.ghost.prepared[at] = true,
             ArrivalStep::Over(verdict) => {
@@ -303,12 +311,27 @@ impl HandOver {
             durable: None,
             kept: true,
             armed: true,
+            streams: false,
             before,
             ..world.destination
         };
-        self.destination_event(world, RestoreEvent::Start);
         world.destination.writing = true;
+        world.destination.used[usize::from(of)] = true;
+        if world.destination.newest > Some(of) {
+            world.wrong(Wrong::StaleMessage);
+        }
         true
+    }
+
+    /// Nothing is touched before the stream is open.
+    fn hears_stream(&self, world: &mut World, of: u8) -> bool {
+        if world.destination.machine != RestoreState::Admitted {
+            return false;
+        }
+        self.heard_by_destination(world, of, |checked, world| {
+            world.destination.streams = true;
+            checked.destination_event(world, RestoreEvent::Start)
+        })
     }
 
     fn heard_by_destination(
@@ -391,6 +414,10 @@ impl HandOver {
             self.write_verdict(world, Verdict::Refused);
             return true;
         }
+        if world.destination.machine == RestoreState::Admitted {
+            // Nobody has opened the stream.
+            return self.destination_event(world, RestoreEvent::Cancel);
+        }
         world.destination.armed && self.destination_event(world, RestoreEvent::HoldExpired)
     }
 
@@ -411,6 +438,7 @@ impl HandOver {
         destination.believed = destination.durable.unwrap_or(ArrivalStep::Loading);
         destination.writing = false;
         destination.set_failed = false;
+        destination.streams = false;
         destination.kept &= crash == Crash::Kept;
     }
 

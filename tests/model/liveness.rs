@@ -80,6 +80,8 @@ pub(crate) fn is_fair(checked: &HandOver, world: &World, action: Action) -> bool
             | DestinationAction::Restarts => true,
             DestinationAction::WriteFails { .. }
             | DestinationAction::HearsPrepare(_)
+            | DestinationAction::SaysAccepted
+            | DestinationAction::HearsStream(_)
             | DestinationAction::HearsState { .. }
             | DestinationAction::HearsAbandon(_)
             | DestinationAction::HearsSettled(_)

@@ -43,7 +43,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "caller to destination",
         when: "before Migrate",
         record: "nothing",
-        does: "records a ticket for one source, one set and a short time, and gives it with its own key",
+        does: "gives a ticket for one source, one set and a short time, and its own key. The ticket is kept in memory alone",
         again: "another ticket",
     },
     Message {
@@ -61,10 +61,10 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "source to destination",
         when: "first, with the ticket, and to that key alone",
         record: "source: BEGUN",
-        does: "records the arrival in LOADING and the ticket as used, then leases its devices and brings them to \
-               RESUMING",
-        again: "the same answer while the arrival is on record; after that the ticket is used. Under an epoch that is \
-                over here it is refused (STALE_EPOCH)",
+        does: "uses the ticket up, leases the devices, and records the arrival in LOADING. The devices are left alone until \
+               the stream opens",
+        again: "the same answer while the arrival is on record; after that the ticket is not known. Under an epoch that \
+                is over here it is refused (STALE_EPOCH)",
     },
     Message {
         call: "StreamState",
@@ -72,19 +72,19 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "source to destination",
         when: "after Prepare, once",
         record: "source: BEGUN; destination: LOADING",
-        does: "writes verified chunks. Once every seal is verified it records PREPARED, and only then sends the last \
+        does: "brings the devices to RESUMING once it is open, and writes verified chunks. Once every seal is verified it records PREPARED, and only then sends the last \
                Ack, with `complete`: that is Prepared",
         again: "where the connection breaks, the same stream over another one, from the first frame that is not \
-                acknowledged (from version 2 of its protocol on). Where nobody comes back in time the source undoes, \
-                and the destination refuses",
+                acknowledged (from version 2 of its protocol on). Where nobody comes back in time, and where an agent \
+                was started anew, the source undoes, and the destination refuses",
     },
     Message {
         call: "Ready",
         service: MIGRATION,
         way: "who called Admit, or an admin, to destination",
-        when: "where Admit asked for it, before Prepared",
-        record: "destination: LOADING",
-        does: "has it on record, and goes on to PREPARED once all is loaded; until then CommitHandover is refused",
+        when: "where Admit asked for it, before Prepared is said",
+        record: "destination: LOADING or PREPARED",
+        does: "has it on record, and sends the last Ack, which waits for it; until then CommitHandover is refused",
         again: "nothing",
     },
     Message {
@@ -110,9 +110,9 @@ pub(crate) const MESSAGES: [Message; 11] = [
         call: "AbandonHandover",
         service: MIGRATION,
         way: "source to destination",
-        when: "when the source undoes; may get lost",
-        record: "source: BEGUN",
-        does: "resets its devices and records REFUSED; refuses the call from COMMITTING on",
+        when: "when the source undoes, or has ended so; may get lost",
+        record: "source: BEGUN, or its end",
+        does: "resets its devices and records REFUSED; from COMMITTING on it moves nothing. The answer is what is on record",
         again: "nothing",
     },
     Message {
@@ -121,8 +121,8 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "source to destination",
         when: "at any time; with `settled` once the source has its own end on record",
         record: "source: anything; with `settled`: its end",
-        does: "says what is on record. With `settled` it forgets an arrival that is over, and never the tickets",
-        again: "the same; after `settled`, not found",
+        does: "says what is on record. With `settled` an arrival that is over may be forgotten, in its time",
+        again: "the same; not found once it is forgotten",
     },
     Message {
         call: "Resolve",

@@ -100,7 +100,7 @@ fn commit_answers() -> String {
 fn after_crash() -> String {
     let arrival = |step: ArrivalStep, kept: bool| match step.after_crash(kept) {
         ArrivalTakeUp::Reset => "resets every device".to_owned(),
-        ArrivalTakeUp::Wait => "waits on for Commit, with its deadline armed anew".to_owned(),
+        ArrivalTakeUp::Wait => "waits on for Commit, until the deadline that is on record".to_owned(),
         ArrivalTakeUp::GoOn => "goes on to RUNNING".to_owned(),
         ArrivalTakeUp::Ended(verdict) => format!("is over: {verdict}"),
     };

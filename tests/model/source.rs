@@ -170,7 +170,12 @@ impl HandOver {
                 true
             }
             Do::HearsAccepted(of) => {
-                world.source.machine == SaveState::Admitted && self.hears(world, of, SaveEvent::Start)
+                let begins =
+                    world.source.machine == SaveState::Admitted && self.hears(world, of, SaveEvent::Start);
+                if begins {
+                    world.said(attempt).say(Word::Opens);
+                }
+                begins
             }
             Do::HearsPrepared(of) => {
                 world.source.machine == SaveState::Sealing && self.hears(world, of, SaveEvent::Sealed)

@@ -96,9 +96,11 @@ pub(crate) struct Destination {
     pub(crate) set_failed: bool,
     /// Its deadline is armed.
     pub(crate) armed: bool,
+    /// The stream is open. It goes with the process, and nobody takes it up again.
+    pub(crate) streams: bool,
     /// The verdict of the attempt before.
     pub(crate) before: Option<Verdict>,
-    /// Tickets that were used, by attempt. They are remembered longer than an arrival is, and so is `newest`.
+    /// Tickets that open nothing any more, by attempt. So it stays longer than an arrival is remembered, and `newest` does.
     pub(crate) used: [bool; ATTEMPTS],
     /// The last attempt whose epoch was put on record of the devices, which is with COMMITTING.
     pub(crate) newest: Option<u8>,
@@ -130,6 +132,8 @@ pub(crate) enum Word {
     Broken = 1 << 11,
     /// `GetHandover` with `settled`: the source has its end on record.
     Settled = 1 << 12,
+    /// The stream is opened.
+    Opens = 1 << 13,
 }
 
 impl Word {
@@ -160,7 +164,8 @@ impl Word {
             | Self::Prepared
             | Self::Commit
             | Self::Abandon
-            | Self::Settled => Evidence::Nothing,
+            | Self::Settled
+            | Self::Opens => Evidence::Nothing,
         }
     }
 }
@@ -252,6 +257,7 @@ impl World {
                 kept: true,
                 set_failed: false,
                 armed: true,
+                streams: false,
                 before: None,
                 used: [false; ATTEMPTS],
                 newest: None,

@@ -11,7 +11,7 @@
 //! ```
 //! What is a row here is derived from two facts of each step: whether `CommitHandover` may have been sent, and what the
 //! destination has on record. The steps are not only listed: a migration is run to its end first, and what it passes must
-//! be the list. After each kill the next migration works.
+//! be the list. After each kill the next migration works. `page.rs` holds the rows against those of the page on the hand-over.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -19,6 +19,8 @@ use std::time::Instant;
 use super::settle::After;
 use super::{Move, Pair};
 use crate::figure;
+
+mod page;
 
 /// What the source passes, up to the record by which it may have told the destination to run the devices.
 const SOURCE_BEFORE: [&str; 13] = [

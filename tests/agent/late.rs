@@ -1,0 +1,46 @@
+//! What the agents say to each other of a hand-over that is decided, or over.
+
+use vfio_checkpoint_fsm::State;
+use vfio_checkpoint_proto::v1;
+
+use crate::flow::{done, soon};
+use crate::pair::Pair;
+
+/// As the page on the hand-over has it: a source that gives up too late is told what is on record, and what is settled is told
+/// until it is forgotten, which is not at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_after_the_end_is_told_the_same() {
+    let pair = Pair::new(1).await;
+    let (source, destination) = pair.migrator().await;
+    let name = pair.start(|_, _| {}).await;
+    let ended = soon(done(&source, &name)).await;
+    let operation = ended.handover.unwrap().peer_operation;
+    assert_eq!(soon(done(&destination, &operation)).await.result(), v1::OperationResult::Succeeded);
+    let arrival = pair.destination.core().operations.get(&operation.parse().unwrap()).unwrap();
+    let secret = arrival.view().handover.unwrap().record.secret.unwrap();
+    let secret = bytes::Bytes::copy_from_slice(&secret.0);
+    let epochs = arrival.fixed.devices.iter().map(|device| device.epoch.0).collect();
+
+    let as_source = pair.lab.client_named(&pair.destination, "spiffe://lab.test/agent/source").await;
+    let get = v1::GetHandoverRequest { operation: operation.clone(), settled: true, secret: secret.clone() };
+    let abandon = v1::AbandonHandoverRequest {
+        operation: operation.clone(),
+        reason: "too late".to_owned(),
+        secret: secret.clone(),
+    };
+    let commit = v1::CommitHandoverRequest { operation, epochs, secret };
+    let settled = as_source.get_handover(get.clone()).await.unwrap().handover.unwrap();
+    assert_eq!(
+        (settled.step(), settled.verdict()),
+        (v1::HandoverStep::Over, v1::HandoverVerdict::Committed),
+        "{settled:?}"
+    );
+    let told = [
+        as_source.abandon_handover(abandon).await.unwrap().handover.unwrap(),
+        as_source.commit_handover(commit).await.unwrap().handover.unwrap(),
+        as_source.get_handover(get).await.unwrap().handover.unwrap(),
+    ];
+    assert_eq!(told, [settled.clone(), settled.clone(), settled]);
+    assert_eq!(pair.there[0].device.state(), State::Running, "it runs on");
+    pair.stop().await;
+}
