@@ -113,6 +113,19 @@ async fn a_migration_asks_the_destination_for_a_ticket_and_the_source_to_move() 
 }
 
 #[tokio::test]
+async fn the_limits_of_a_migration_are_the_callers() {
+    let (setup, source, _, endpoint) = two().await;
+    let limits =
+        "--cutover manual --cutover-timeout 2m --pre-copy-budget 30s --max-bytes 16MiB --allow-unknown-size";
+    let (code, _, err) = setup.run(&format!("migrate a --to {endpoint} --dry-run {limits}")).await;
+    assert_eq!(code, 0, "{err}");
+    let asked = source.moves.migrations.lock().unwrap().pop().unwrap();
+    let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
+    assert_eq!((asked.cutover_timeout, asked.pre_copy_budget), (seconds(120), seconds(30)));
+    assert_eq!((asked.max_bytes, asked.allow_unknown_size), (16 << 20, true));
+}
+
+#[tokio::test]
 async fn a_destination_has_a_name_in_the_contexts_file() {
     let (setup, source, _destination, endpoint) = two().await;
     let id = crate::pki::AGENT_ID;
@@ -184,7 +197,15 @@ async fn what_is_refused_says_by_whom_and_touches_nothing() {
     let (code, _, err) = setup.run(&line).await;
     assert_eq!(code, 3);
     assert!(err.contains("knows no migrations"), "{err}");
-    for wrong in ["--onto x y", "--commit-timeout 1m", "--to-cert c", "--to-server-spiffe-id node2"] {
+    for wrong in [
+        "--onto x y",
+        "--commit-timeout 1m",
+        "--cutover-timeout 1m",
+        "--pre-copy never --pre-copy-budget 1m",
+        "--max-bytes much",
+        "--to-cert c",
+        "--to-server-spiffe-id node2",
+    ] {
         let (code, _, err) = setup.run(&format!("{line} {wrong}")).await;
         assert_eq!(code, 2, "{wrong}: {err}");
     }

@@ -32,7 +32,7 @@ use crate::cli::{Global, Waiting};
 use crate::connection::Settings;
 use crate::outcome::{Exit, Failure, judge};
 use crate::render;
-use crate::values::{device, duration, request};
+use crate::values::{bytes, device, duration, request};
 use crate::wait;
 use destination::{Destination, DestinationArgs};
 use summary::Summary;
@@ -51,12 +51,24 @@ pub(crate) struct MigrateArgs {
     /// Who says when to stop the devices
     #[arg(long, value_name = "WHO", default_value = "auto")]
     cutover: Cutover,
+    /// How long to wait for a manual cutover, before the migration is undone
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    cutover_timeout: Option<Duration>,
+    /// How long state is read at most while the devices run
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pre_copy_budget: Option<Duration>,
     /// The devices should stand still no longer than this
     #[arg(long, value_name = "TIME", value_parser = duration)]
     downtime_limit: Option<Duration>,
     /// What to do where the limit cannot be kept [default: abort where --downtime-limit is given, else stop]
     #[arg(long, value_name = "WHAT")]
     on_no_convergence: Option<OnNoConvergence>,
+    /// Refuse where there is more state than this
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    max_bytes: Option<u64>,
+    /// Take devices that do not say how much state they have, although there is a limit
+    #[arg(long)]
+    allow_unknown_size: bool,
     /// Who says when the destination may run the devices
     #[arg(long, value_name = "WHO", default_value = "auto")]
     commit: Commit,
@@ -104,6 +116,16 @@ pub(crate) async fn run(global: &Global, args: MigrateArgs) -> Result<Exit, Fail
     if args.commit_timeout.is_some() && args.commit == Commit::Auto {
         let failure = Failure::usage("--commit-timeout means nothing where the agent commits by itself");
         return Err(failure.hint("give --commit manual, too, or leave it out"));
+    }
+    if args.cutover_timeout.is_some() && args.cutover == Cutover::Auto {
+        let failure =
+            Failure::usage("--cutover-timeout means nothing where the agent stops the devices by itself");
+        return Err(failure.hint("give --cutover manual, too, or leave it out"));
+    }
+    if args.pre_copy_budget.is_some() && args.pre_copy == PreCopy::Never {
+        let failure =
+            Failure::usage("--pre-copy-budget means nothing where no state is read while the devices run");
+        return Err(failure.hint("leave out --pre-copy never, or the budget"));
     }
     let source = Settings::of(global)?;
     let destination = args.destination.find(&source)?;
@@ -171,7 +193,11 @@ fn migration(args: &MigrateArgs, target: v1::MigrationTarget) -> Result<v1::Migr
         cutover: args.cutover.wire().into(),
         commit: commit.into(),
         commit_timeout: wire(args.commit_timeout),
+        cutover_timeout: wire(args.cutover_timeout),
+        pre_copy_budget: wire(args.pre_copy_budget),
         downtime_limit: wire(args.downtime_limit),
+        max_bytes: args.max_bytes.unwrap_or_default(),
+        allow_unknown_size: args.allow_unknown_size,
         no_convergence: no_convergence.into(),
         memory_capture: args.memory.wire().into(),
         request_id,
