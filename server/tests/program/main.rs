@@ -27,6 +27,10 @@ fn the_demo_proves_what_it_shows() {
         serde_json::from_slice(&output.stdout).expect("one document, and nothing else");
     assert_eq!(report["verified"], true, "{report}");
     assert_eq!(report["source_digest"], report["destination_digest"]);
+    let moved = &report["migration"];
+    assert_eq!(moved["given_digest"], moved["taken_digest"]);
+    assert!(moved["given_digest"].as_str().unwrap().len() == 64, "{moved}");
+    assert_ne!(moved["given_digest"], report["source_digest"], "two devices, and each has its own");
     assert!(report["save"]["bytes"].as_u64().unwrap() >= 4 << 20, "{report}");
     assert!(report["save"]["downtime_ms"].as_f64().unwrap() > 0.0, "{report}");
     assert_eq!(report["restore"]["bytes"], report["incremental"]["bytes"]);

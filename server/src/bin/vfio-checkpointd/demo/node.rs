@@ -105,9 +105,9 @@ impl Lab {
 }
 
 impl Node {
-    /// Digest of all that the node's first device holds. Only a simulated device can tell.
-    pub(super) fn digest(&self) -> Result<String, Failure> {
-        let name = DeviceName::from_id("nic0")?;
+    /// Digest of all that a device of the node holds. Only a simulated device can tell.
+    pub(super) fn digest(&self, device: &str) -> Result<String, Failure> {
+        let name: DeviceName = device.parse()?;
         let slot = self.agent.core().registry.get(&name).ok_or("the device is gone")?;
         let sim = slot.sim().ok_or("the device is not open")?;
         Ok(Seal { bytes: 0, blake3: sim.digest() }.hex())

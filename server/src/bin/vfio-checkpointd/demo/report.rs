@@ -26,7 +26,7 @@ pub(super) struct Report {
     pub(super) source_digest: String,
     /// Digest of all that the destination's device holds now that it runs.
     pub(super) destination_digest: String,
-    /// All operations succeeded, the digests are equal, and so are the seals of the migration.
+    /// All operations succeeded, and both devices hold on the destination what they held on the source.
     pub(super) verified: bool,
 }
 
@@ -71,10 +71,10 @@ pub(super) struct Migrated {
     pub(super) time_ms: f64,
     pub(super) predicted_downtime_ms: Option<f64>,
     pub(super) downtime_ms: Option<f64>,
-    /// What the state hashes to that the source gave.
-    pub(super) given_blake3: String,
-    /// What the state hashes to that runs at the destination.
-    pub(super) taken_blake3: String,
+    /// Digest of all that the device held at the source when it stood still there.
+    pub(super) given_digest: String,
+    /// Digest of all that it holds at the destination now that it runs.
+    pub(super) taken_digest: String,
 }
 
 /// Who watches.

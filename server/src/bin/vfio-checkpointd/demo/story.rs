@@ -35,18 +35,18 @@ pub(super) async fn tell(arguments: &Demo, audience: &Audience) -> Result<Report
         "save it once more: what its last checkpoint has is not stored again; the device stays stopped then",
     );
     let incremental = save_device(audience, &source, v1::AfterSave::StayStopped).await?;
-    let source_digest = source.digest()?;
+    let source_digest = source.digest(DEVICE)?;
     let restore = restore_device(audience, &destination, &incremental.checkpoint).await?;
-    let destination_digest = destination.digest()?;
+    let destination_digest = destination.digest(DEVICE)?;
 
     let migration = migrate_device(audience, &source, &destination).await?;
 
-    audience.step("proof: digests of all that the restored devices hold, and of the state that moved");
+    audience.step("proof: digests of all that the devices held, and of all that the restored and the moved one hold now");
     audience.line(&format!("{}  {source_digest}", from.agent));
     audience.line(&format!("{}  {destination_digest}", to.agent));
-    audience.line(&format!("given   {}", migration.given_blake3));
-    audience.line(&format!("taken   {}", migration.taken_blake3));
-    let verified = source_digest == destination_digest && migration.given_blake3 == migration.taken_blake3;
+    audience.line(&format!("given   {}", migration.given_digest));
+    audience.line(&format!("taken   {}", migration.taken_digest));
+    let verified = source_digest == destination_digest && migration.given_digest == migration.taken_digest;
     source.agent.stop().await?;
     destination.agent.stop().await?;
     let (source, destination) = (from, to);
@@ -171,6 +171,8 @@ async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) 
         }),
         ticket: admitted.ticket,
         pre_copy: v1::PreCopyMode::Required.into(),
+        // Between its stop and its reset the device can be looked at.
+        commit: v1::CommitMode::Manual.into(),
         memory_capture: v1::MemoryCapture::None.into(),
         request_id: new_request_id().ok_or("this machine has no randomness")?,
         ..v1::MigrateRequest::default()
@@ -181,10 +183,15 @@ async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) 
     }
     let begun = Instant::now();
     let operation = source.operator.migrate(request).await?.operation.ok_or("no operation")?.name;
+    let is_prepared = prepared(audience, &source.operator, &operation).await?;
+    let given_digest = source.digest(MOVING)?;
+    if is_prepared {
+        source.operator.commit(v1::CommitRequest { operation: operation.clone() }).await?;
+    }
     let done = watch(audience, &source.operator, &operation).await?;
     let time_ms = milliseconds(begun.elapsed());
     let arrival = done.handover.as_ref().map(|handover| handover.peer_operation.clone()).unwrap_or_default();
-    let arrived = watch(audience, &destination.operator, &arrival).await?;
+    watch(audience, &destination.operator, &arrival).await?;
     let migrated = Migrated {
         operation,
         arrival,
@@ -193,8 +200,8 @@ async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) 
         time_ms,
         predicted_downtime_ms: span(done.predicted_downtime.as_ref()),
         downtime_ms: span(done.downtime.as_ref()),
-        given_blake3: seals(&done),
-        taken_blake3: seals(&arrived),
+        given_digest,
+        taken_digest: destination.digest(MOVING)?,
     };
     audience.line(&format!(
         "{} in {:.0} ms, {} of it while the device ran; it stood still for {:.1} ms (predicted: {:.1} ms)",
@@ -205,6 +212,21 @@ async fn migrate_device(audience: &Audience, source: &Node, destination: &Node) 
         migrated.predicted_downtime_ms.unwrap_or_default(),
     ));
     Ok(migrated)
+}
+
+/// Shows a migration until the destination has all of its state; false where it is over before that.
+async fn prepared(audience: &Audience, client: &Client, operation: &str) -> Result<bool, Failure> {
+    let mut bar = audience.bar();
+    let request = v1::WatchOperationRequest { name: operation.to_owned() };
+    let mut watched = client.watch_operation(request).await?;
+    while let Some(told) = watched.next().await? {
+        let Some(operation) = told.operation else { continue };
+        bar.show(&operation);
+        if operation.phase() == v1::OperationPhase::Prepared {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What the states of an operation's devices hash to.
