@@ -27,6 +27,7 @@ fn session(stream: u64) -> Session {
         idle_timeout: Duration::from_secs(1),
         lifetime: Duration::from_secs(1),
         ack_interval_bytes: 1,
+        ack_delay: None,
     };
     Session { stream: StreamId(stream), devices: 2, limits, job: Job::Restore }
 }

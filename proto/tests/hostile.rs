@@ -73,6 +73,7 @@ fn limits() -> StreamLimits {
         idle_timeout: Duration::from_secs(1),
         lifetime: Duration::from_secs(1),
         ack_interval_bytes: 1,
+        ack_delay: None,
     }
 }
 

@@ -191,6 +191,7 @@ fn what_is_taken_is_what_a_model_takes() {
         idle_timeout: Duration::from_secs(1),
         lifetime: Duration::from_secs(1),
         ack_interval_bytes: 1,
+        ack_delay: None,
     };
     let counts = std::cell::Cell::new([0_u32; 3]);
     let count = |which: usize| {

@@ -73,6 +73,7 @@ impl Giver {
     ) -> Result<Self, TransferError> {
         if self.terms.version.resumes() {
             spool.check(&self.terms.limits)?;
+            self.flow = Flow::counting(&self.terms.limits);
             self.kept = Some(Kept::new(spool, Redialer::new(redial, window)));
         }
         Ok(self)
@@ -88,7 +89,7 @@ impl Giver {
         self.kept.as_ref().map(|kept| kept.resent.clone()).unwrap_or_default()
     }
 
-    /// How the stream flows, for whoever watches.
+    /// How the stream flows, for whoever watches. To be asked for after [`Giver::resumable`].
     pub fn flow(&self) -> Flow {
         self.flow.clone()
     }
@@ -262,7 +263,7 @@ impl Giver {
             return Ok(Step::Heard);
         }
         if let Some(kept) = &mut self.kept {
-            kept.spool.acked(acked);
+            self.flow.acked(kept.spool.acked(acked));
         }
         Ok(Step::Moved)
     }

@@ -279,7 +279,7 @@ impl Giver {
             return Err(TransferError::Protocol(error));
         }
         self.side.resume(next_sequence).map_err(TransferError::Protocol)?;
-        kept.spool.acked(next_sequence);
+        self.flow.acked(kept.spool.acked(next_sequence));
         kept.next = next_sequence;
         kept.redialer = Some(redialer);
         self.line = Line::up(link);

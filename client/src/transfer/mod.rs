@@ -7,7 +7,7 @@
 //! ```text
 //!   Giver                                  Taker
 //!     chunk, progress, seal  -- Frame -->    next() -> Accepted      verified, in order, once
-//!     counts                 <-- Ack ---     by itself, at least every ack_interval_bytes
+//!     counts                 <-- Ack ---     by itself, at least every ack_interval_bytes, and after ack_delay
 //!     cutover_signal()       <- Cutover -    cutover()
 //!     completed()            <-- Ack{complete} -- complete()         after the last seal, once all is durable
 //!     abort(reason)          <- Abort ->     abort(reason)

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   next: Ack if one is due -> wait for a frame -> TakerSide -> Accepted
+//!                                nothing for `ack_delay` -> Ack of what was taken, and wait on
 //!   after the last seal: None -> the caller makes all durable -> complete: Ack{complete}, then the giver ends the stream
 //! ```
 //!
@@ -9,6 +10,7 @@
 //! nobody took. Frames are verified once, whatever connections they come over. Failure paths: [`TransferError`]; after a refused frame everything is refused.
 
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_stream::StreamExt;
 use vfio_checkpoint_proto::frame::Accepted;
 use vfio_checkpoint_proto::stream::{Job, Phase, Resumed, TakerEvent, TakerSide, Took};
@@ -57,18 +59,27 @@ impl Taker {
             // What is due then is to be said again, by `complete`.
             return Ok(None);
         }
-        if let Some(ack) = &self.due {
-            let ack = ack.clone();
-            // Where nobody carries it away the line breaks soon. What came in before it does is still to be taken.
-            let _is_said = self.try_send(ack).await?;
-            self.due = None;
-        }
-        if self.side.phase() == Phase::Taken {
-            return Ok(None);
-        }
-        match self.hear().await? {
-            Some(accepted) => Ok(Some(accepted)),
-            None => Err(self.ended()),
+        loop {
+            if let Some(ack) = &self.due {
+                let ack = ack.clone();
+                // Where nobody carries it away the line breaks soon. What came in before it does is still to be taken.
+                let _is_said = self.try_send(ack).await?;
+                self.due = None;
+            }
+            if self.side.phase() == Phase::Taken {
+                return Ok(None);
+            }
+            let heard = match self.terms.limits.ack_delay.filter(|_| self.side.is_unacked()) {
+                None => self.hear().await?,
+                Some(delay) => match timeout(delay, self.hear()).await {
+                    Ok(heard) => heard?,
+                    Err(_quiet) => {
+                        self.due = self.side.acknowledge();
+                        continue;
+                    }
+                },
+            };
+            return heard.map(Some).ok_or_else(|| self.ended());
         }
     }
 
@@ -120,7 +131,7 @@ impl Taker {
             while self.hear().await?.is_some() {}
             Ok(())
         };
-        match tokio::time::timeout(GOODBYE, ending).await {
+        match timeout(GOODBYE, ending).await {
             Ok(
                 Ok(())
                 | Err(
@@ -207,7 +218,7 @@ pub async fn say_complete(link: Link, next_sequence: u64) {
     let complete = StreamAck { next_sequence, complete: true };
     let message = StreamMessage { kind: Some(Kind::Ack(complete)) };
     // A giver that is gone again may come again.
-    let _unheard = tokio::time::timeout(GOODBYE, outgoing.send(message)).await;
+    let _unheard = timeout(GOODBYE, outgoing.send(message)).await;
     link::close(Some(outgoing), &mut incoming).await;
 }
 

@@ -1,3 +1,4 @@
+mod flow;
 mod resume;
 
 use std::time::Duration;
@@ -26,6 +27,7 @@ fn terms() -> Terms {
         idle_timeout: IDLE,
         lifetime: Duration::from_hours(1),
         ack_interval_bytes: 2 * CHUNK_BYTES as u64,
+        ack_delay: None,
     };
     Terms { version: Version(2), stream: StreamId(7), devices: 2, limits }
 }

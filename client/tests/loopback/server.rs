@@ -225,6 +225,7 @@ impl CheckpointService for Agent {
             idle_timeout: Duration::from_secs(30),
             lifetime: Duration::from_mins(5),
             ack_interval_bytes: 512 * 1024,
+            ack_delay: None,
         };
         let stream_id = StreamId(99);
         let version = Version(1);

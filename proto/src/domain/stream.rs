@@ -106,11 +106,15 @@ pub struct StreamLimits {
     pub lifetime: Duration,
     /// An Ack comes after at most this many bytes of state, over 0.
     pub ack_interval_bytes: u64,
+    /// State that nothing follows is acknowledged after this long. None where only the bytes count.
+    pub ack_delay: Option<Duration>,
 }
 
 impl StreamLimits {
     /// The longest lifetime of a stream: tens of GiB over a slow link.
     pub const MAX_LIFETIME: Duration = Duration::from_hours(7 * 24);
+    /// The longest time that an ack may wait for more state.
+    pub const MAX_ACK_DELAY: Duration = Duration::from_mins(1);
 }
 
 impl TryFrom<v1::StreamLimits> for StreamLimits {
@@ -132,6 +136,10 @@ impl TryFrom<v1::StreamLimits> for StreamLimits {
             idle_timeout: checks::duration_up_to("idle_timeout", idle_timeout, super::MAX_DURATION)?,
             lifetime: checks::duration_up_to("lifetime", lifetime, Self::MAX_LIFETIME)?,
             ack_interval_bytes: over_0("ack_interval_bytes", wire.ack_interval_bytes)?,
+            ack_delay: wire
+                .ack_delay
+                .map(|delay| checks::duration_up_to("ack_delay", delay, Self::MAX_ACK_DELAY))
+                .transpose()?,
         })
     }
 }
@@ -144,6 +152,7 @@ impl From<StreamLimits> for v1::StreamLimits {
             idle_timeout: Some(checks::wire_duration(limits.idle_timeout)),
             lifetime: Some(checks::wire_duration(limits.lifetime)),
             ack_interval_bytes: limits.ack_interval_bytes,
+            ack_delay: limits.ack_delay.map(checks::wire_duration),
         }
     }
 }

@@ -76,6 +76,7 @@ fn opened() -> v1::StreamOpened {
         idle_timeout: seconds(1),
         lifetime: seconds(604_800),
         ack_interval_bytes: 1,
+        ack_delay: Some(prost_types::Duration { seconds: 0, nanos: 5_000_000 }),
     };
     v1::StreamOpened {
         version: 1,
@@ -299,6 +300,7 @@ fn streams_that_are_refused_name_the_field() {
             ("limits.idle_timeout", |m| m.limits.as_mut().unwrap().idle_timeout = seconds(86_401)),
             ("limits.lifetime", |m| m.limits.as_mut().unwrap().lifetime = seconds(604_801)),
             ("limits.ack_interval_bytes", |m| m.limits.as_mut().unwrap().ack_interval_bytes = 0),
+            ("limits.ack_delay", |m| m.limits.as_mut().unwrap().ack_delay = seconds(61)),
         ],
     );
     let giver = v1::StreamOpen { role: v1::StreamRole::Giver.into(), resume_stream_id: 7, ..open() };

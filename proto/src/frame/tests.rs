@@ -19,6 +19,7 @@ fn limits() -> StreamLimits {
         idle_timeout: Duration::from_secs(1),
         lifetime: Duration::from_secs(10),
         ack_interval_bytes: 8,
+        ack_delay: None,
     }
 }
 

@@ -116,6 +116,16 @@ impl TakerSide {
         Ok(Resumed { next_sequence, again })
     }
 
+    /// Says what was taken before that is due, where there is state among it that was not acknowledged.
+    pub fn acknowledge(&mut self) -> Option<v1::StreamMessage> {
+        (self.unacked_bytes > 0).then(|| self.ack(false))
+    }
+
+    /// Whether state was taken that is not acknowledged.
+    pub fn is_unacked(&self) -> bool {
+        self.unacked_bytes > 0
+    }
+
     /// The message that asks for the devices to be stopped. It may be sent again.
     pub fn cutover(&self) -> Result<v1::StreamMessage, ProtocolError> {
         match (self.job, self.phase) {

@@ -22,6 +22,7 @@ const LIMITS: StreamLimits = StreamLimits {
     idle_timeout: Duration::from_secs(5),
     lifetime: Duration::from_mins(1),
     ack_interval_bytes: 4,
+    ack_delay: None,
 };
 
 fn session(job: Job) -> Session {

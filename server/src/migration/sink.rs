@@ -326,6 +326,10 @@ impl StateSink for HandoverSink {
         self.wire.is_down()
     }
 
+    fn under_way(&self) -> Option<u64> {
+        self.wire.under_way()
+    }
+
     fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
         self.wire.discard()
     }

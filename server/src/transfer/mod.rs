@@ -17,6 +17,7 @@ mod store;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use vfio_checkpoint_client::transfer::{Dialed, Link, Taker, Terms, TransferError};
@@ -43,8 +44,14 @@ use crate::config::AgentConfig;
 use crate::core::Core;
 use crate::operation::{Entry, Opener};
 
-/// How much may be under way before the taker says that it has it. Coarse: it serves progress.
-const ACK_INTERVAL_BYTES: u64 = 8 << 20;
+/// How much of a save may be under way before its taker says that it has it. Coarse: it serves progress.
+const SAVE_ACK_INTERVAL_BYTES: u64 = 8 << 20;
+/// How much this agent takes before it says that it has it. Still coarse, but a giver predicts from it how long a stop of its
+/// devices takes: by no more than this it takes for under way what has arrived while state flows.
+const ACK_INTERVAL_BYTES: u64 = 1 << 20;
+/// How long after it came this agent acknowledges what nothing follows. Short beside a downtime, and long beside the time
+/// between two chunks on a line that is busy.
+const ACK_DELAY: Duration = Duration::from_millis(5);
 
 /// The open stream of an operation.
 #[derive(Debug)]
@@ -80,13 +87,23 @@ impl Attached {
         Self { link, terms: Agreement::Theirs(Terms::of(&opened)), opener: String::new() }
     }
 
-    /// Agrees on the terms of a stream with these devices; a caller gets its answer.
+    /// Agrees on the terms of a stream with these devices, whose state this agent gives; a caller gets its answer.
     pub async fn open(self, config: &AgentConfig, stream: StreamId, manifest: Manifest) -> (Link, Terms) {
+        self.agree(config, Half::Gives, stream, manifest).await
+    }
+
+    async fn agree(
+        self,
+        config: &AgentConfig,
+        half: Half,
+        stream: StreamId,
+        manifest: Manifest,
+    ) -> (Link, Terms) {
         let Self { link, terms, opener: _ } = self;
         let terms = match terms {
             Agreement::Theirs(terms) => return (link, terms),
             Agreement::Ours { version, max_chunk_bytes, outgoing } => {
-                let opened = answer(config, version, max_chunk_bytes, stream, manifest);
+                let opened = answer(config, half, version, max_chunk_bytes, stream, manifest);
                 let terms = Terms::of(&opened);
                 let message = StreamMessage { kind: Some(Kind::Opened(opened.into())) };
                 // Where the caller is gone already, the first use of the link finds out.
@@ -111,35 +128,48 @@ impl Attached {
                 (*version, *max_chunk_bytes)
             }
             Agreement::Ours { .. } | Agreement::Theirs(_) => {
-                let (link, terms) = self.open(config, stream, manifest).await;
+                let (link, terms) = self.agree(config, Half::Takes, stream, manifest).await;
                 return WireSource::new(Taker::new(link, terms), Arc::clone(entry));
             }
         };
-        let opened = answer(config, version, max_chunk_bytes, stream, manifest.clone());
+        let opened = answer(config, Half::Takes, version, max_chunk_bytes, stream, manifest.clone());
         // Before the answer: whoever has that may come back.
         let reserved = entry.reserve(Opener { stream, identity: self.opener.clone() });
-        let (link, terms) = self.open(config, stream, manifest).await;
+        let (link, terms) = self.agree(config, Half::Takes, stream, manifest).await;
         let comeback =
             Comeback::new(reserved, opened, core.environment.clone(), config.server.stream_resume_window);
         WireSource::resumable(Taker::new(link, terms), Arc::clone(entry), comeback)
     }
 }
 
+/// What this agent is to a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Half {
+    Gives,
+    Takes,
+}
+
 /// What a caller is told of a stream that is new.
 fn answer(
     config: &AgentConfig,
+    half: Half,
     version: Version,
     max_chunk_bytes: Option<u32>,
     stream_id: StreamId,
     manifest: Manifest,
 ) -> StreamOpened {
     let ours = config.limits.max_chunk_bytes;
+    let (ack_interval_bytes, ack_delay) = match half {
+        Half::Gives => (SAVE_ACK_INTERVAL_BYTES, None),
+        Half::Takes => (ACK_INTERVAL_BYTES, Some(ACK_DELAY)),
+    };
     let limits = StreamLimits {
         max_chunk_bytes: max_chunk_bytes.map_or(ours, |theirs| theirs.min(ours)),
         max_device_bytes: config.limits.max_device_bytes,
         idle_timeout: config.server.stream_idle_timeout,
         lifetime: config.server.stream_lifetime,
-        ack_interval_bytes: ACK_INTERVAL_BYTES,
+        ack_interval_bytes,
+        ack_delay,
     };
     StreamOpened { version, stream_id, manifest, limits, next_sequence: 0 }
 }

@@ -38,6 +38,8 @@ pub struct WireSink {
     give_up: mpsc::Sender<GivenUp>,
     entry: Arc<Entry>,
     watch: SinkWatch,
+    /// Bytes of state.
+    given_bytes: u64,
 }
 
 /// What becomes known of a stream while nothing is given to it.
@@ -80,7 +82,7 @@ impl WireSink {
             silence: (idle_timeout / 3).max(Duration::from_millis(10)),
         };
         tokio::spawn(pump.run(queue, ending, tell));
-        Self { commands, give_up, entry, watch }
+        Self { commands, give_up, entry, watch, given_bytes: 0 }
     }
 
     /// What becomes known of the stream while nothing is given to it.
@@ -138,6 +140,8 @@ impl SinkWatch {
 impl StateSink for WireSink {
     async fn chunk(&mut self, device: usize, bytes: Bytes) -> Result<(), BoxError> {
         reached(format_args!("chunk"));
+        // Before it is queued: wherever it is from here on, it has still to go over.
+        self.given_bytes = self.given_bytes.saturating_add(bytes.len() as u64);
         self.send(Command::Chunk(device, bytes)).await
     }
 
@@ -166,6 +170,10 @@ impl StateSink for WireSink {
 
     fn is_down(&self) -> bool {
         self.watch.flow.is_down()
+    }
+
+    fn under_way(&self) -> Option<u64> {
+        self.watch.flow.under_way(self.given_bytes)
     }
 
     /// The taker learns it from the operation, and where it still listens, when the operation is given up.

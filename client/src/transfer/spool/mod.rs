@@ -57,7 +57,8 @@ impl Default for SpoolOptions {
 /// Frames that may have to be sent again.
 #[derive(Debug)]
 pub struct Spool {
-    frames: VecDeque<Kept>,
+    /// Each with the bytes of its state.
+    frames: VecDeque<(Kept, u64)>,
     /// The number of the first of them.
     first: u64,
     memory_bytes: u64,
@@ -140,11 +141,11 @@ impl Spool {
             && let Some(record) = self.disk.as_mut().and_then(|disk| disk.place(&message))
         {
             self.unwritten += 1;
-            self.frames.push_back(Kept::Unwritten { message, record });
+            self.frames.push_back((Kept::Unwritten { message, record }, state_bytes as u64));
             return;
         }
         self.in_memory_bytes = self.in_memory_bytes.saturating_add(bytes);
-        self.frames.push_back(Kept::Memory { message, bytes });
+        self.frames.push_back((Kept::Memory { message, bytes }, state_bytes as u64));
         if self.unwritten > 0 {
             self.unwritten += 1;
         }
@@ -155,7 +156,7 @@ impl Spool {
         let Some(disk) = &mut self.disk else { return Ok(()) };
         while self.unwritten > 0 {
             let at = self.frames.len().saturating_sub(self.unwritten);
-            if let Some(kept) = self.frames.get_mut(at)
+            if let Some((kept, _)) = self.frames.get_mut(at)
                 && let Kept::Unwritten { message, record } = kept
             {
                 let record = *record;
@@ -170,7 +171,8 @@ impl Spool {
     /// The frame of this number, as it was made; none where it is not kept. Cancel-safe.
     pub(super) async fn frame(&self, sequence: u64) -> Result<Option<StreamMessage>, SpoolError> {
         let at = sequence.checked_sub(self.first).and_then(|at| usize::try_from(at).ok());
-        Ok(match (at.and_then(|at| self.frames.get(at)), &self.disk) {
+        let kept = at.and_then(|at| self.frames.get(at)).map(|(kept, _)| kept);
+        Ok(match (kept, &self.disk) {
             (Some(Kept::Memory { message, .. } | Kept::Unwritten { message, .. }), _) => {
                 Some(message.clone())
             }
@@ -179,11 +181,13 @@ impl Spool {
         })
     }
 
-    /// Forgets what is before the frame of this number.
-    pub(super) fn acked(&mut self, next_sequence: u64) {
+    /// Forgets what is before the frame of this number, and says how many bytes of state that was.
+    pub(super) fn acked(&mut self, next_sequence: u64) -> u64 {
+        let mut acked_bytes = 0;
         while self.first < next_sequence {
-            let Some(kept) = self.frames.pop_front() else { return };
+            let Some((kept, state_bytes)) = self.frames.pop_front() else { break };
             self.first += 1;
+            acked_bytes += state_bytes;
             match kept {
                 Kept::Memory { bytes, .. } => {
                     self.in_memory_bytes = self.in_memory_bytes.saturating_sub(bytes);
@@ -196,6 +200,7 @@ impl Spool {
             }
         }
         self.unwritten = self.unwritten.min(self.frames.len());
+        acked_bytes
     }
 }
 

@@ -19,6 +19,7 @@ fn limits() -> StreamLimits {
         idle_timeout: std::time::Duration::from_secs(1),
         lifetime: std::time::Duration::from_secs(1),
         ack_interval_bytes: 1 << 20,
+        ack_delay: None,
     }
 }
 
@@ -121,7 +122,7 @@ async fn what_was_not_written_before_is_written_next() {
     spool.acked(2);
     spool.settle().await.unwrap();
     assert_eq!(spool.unwritten, 0);
-    assert!(spool.frames.iter().all(|kept| matches!(kept, Kept::Disk(_))), "{:?}", spool.frames.len());
+    assert!(spool.frames.iter().all(|(kept, _)| matches!(kept, Kept::Disk(_))), "{:?}", spool.frames.len());
     for number in [2, 3] {
         assert_eq!(
             spool.frame(number).await.unwrap().as_ref(),
@@ -190,7 +191,7 @@ async fn what_is_not_as_it_was_written_is_not_sent() {
         let error = spool.frame(0).await.unwrap_err();
         assert!(matches!(error, SpoolError::Damaged { sequence: 0, .. }), "{damage}: {error}");
         // A record of another frame is not taken for this one.
-        let Kept::Disk(other) = spool.frames[1] else { panic!("not on disk") };
+        let (Kept::Disk(other), _) = spool.frames[1] else { panic!("not on disk") };
         let error = spool.disk.as_ref().unwrap().read(other, 0).await.unwrap_err();
         assert!(matches!(error, SpoolError::Damaged { sequence: 0, .. }), "{error}");
         File::create(&path).unwrap();

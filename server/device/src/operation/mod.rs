@@ -23,6 +23,7 @@
 //! moves says how to go on: [`take_up_save`], [`take_up_restore`].
 
 mod caller;
+mod delivery;
 mod error;
 mod machine;
 mod precopy;
@@ -37,6 +38,7 @@ mod take_up;
 mod tests;
 
 pub use caller::{Alone, Caller, DeviceProgress, OperationStep, Progress};
+pub use delivery::Delivery;
 pub use error::{BoxError, Cause, OperationError};
 pub use precopy::{Decision, Left, Pace, PrecopyPolicy};
 pub use restore::{RestoreReport, RestoreTerms, restore};

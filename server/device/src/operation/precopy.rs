@@ -1,11 +1,12 @@
 //! When pre-copy has done enough: a pure decision.
 //!
-//! Pre-copy goes on while it makes the stop shorter. It ends when the downtime predicted from what is left and the
-//! measured rate fits the limit, or when its budget of time is spent; then the caller says whether to stop all the
+//! Pre-copy goes on while it makes the stop shorter. It ends when the downtime predicted from what is left, what is under
+//! way to whoever takes it, and the measured rates fits the limit, or when its budget of time is spent; then the caller says whether to stop all the
 //! same or to give up. No device is stopped while nothing goes over to whoever takes its state.
 
 use std::time::Duration;
 
+use super::Delivery;
 use crate::{DataSize, PrecopyInfo};
 
 /// How long to pre-copy, and for what.
@@ -59,9 +60,20 @@ pub struct Pace {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Pass {
-    bytes: u64,
-    copying: Duration,
+pub(super) struct Pass {
+    pub(super) bytes: u64,
+    pub(super) copying: Duration,
+}
+
+impl Pass {
+    /// How long so many bytes take, where a rate is known.
+    pub(super) fn time_for(&self, bytes: u64) -> Option<Duration> {
+        if self.bytes == 0 || self.copying.is_zero() {
+            return None;
+        }
+        let nanos = u128::from(bytes).saturating_mul(self.copying.as_nanos()) / u128::from(self.bytes);
+        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
+    }
 }
 
 impl Pace {
@@ -100,16 +112,6 @@ impl Pace {
     fn dirty_bytes(&self) -> u64 {
         if self.had_nothing { self.new_bytes } else { 0 }
     }
-
-    /// How long so many bytes take, where a rate is known.
-    fn time_for(&self, bytes: u64) -> Option<Duration> {
-        let Pass { bytes: measured, copying } = self.largest;
-        if measured == 0 || copying.is_zero() {
-            return None;
-        }
-        let nanos = u128::from(bytes).saturating_mul(copying.as_nanos()) / u128::from(measured);
-        Some(Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX)))
-    }
 }
 
 /// What to do.
@@ -124,14 +126,21 @@ pub enum Decision {
 }
 
 impl PrecopyPolicy {
-    /// Decides for a set of devices, `elapsed` after pre-copy began. They are drained one after another, so what each
-    /// would take adds up.
+    /// Decides for a set of devices, `elapsed` after pre-copy began, where what was read has arrived. They are drained one
+    /// after another, so what each would take adds up.
     pub fn decide(&self, left: &[Left], elapsed: Duration) -> Decision {
+        self.decide_on(left, &Delivery::default(), elapsed)
+    }
+
+    /// The same where some of what was read may be under way: a stop takes until that has arrived, too.
+    pub fn decide_on(&self, left: &[Left], delivery: &Delivery, elapsed: Duration) -> Decision {
         let initial_done = left
             .iter()
             .all(|left| left.precopy.map_or(left.pace.had_nothing, |info| info.initial_bytes == 0));
-        let fits = Left::predicted_downtime_of(left).is_some_and(|downtime| downtime <= self.downtime_limit);
-        if initial_done && (fits || self.cannot_be_told(left)) {
+        let fits =
+            |downtime: Option<Duration>| downtime.is_some_and(|downtime| downtime <= self.downtime_limit);
+        let is_all_known = fits(Left::predicted_downtime_of(left, delivery));
+        if initial_done && (is_all_known || fits(delivery.time_for(0)) && self.cannot_be_told(left)) {
             Decision::CutOver
         } else if elapsed < self.time_budget {
             Decision::Continue
@@ -160,14 +169,29 @@ impl PrecopyPolicy {
 }
 
 impl Left {
-    /// How long a stop of a set would take from here, where that can be told of every device.
-    pub fn predicted_downtime_of(set: &[Self]) -> Option<Duration> {
-        set.iter().map(Self::predicted_downtime).sum()
+    /// How long a stop of a set would take from here, where that can be told of every device: until the last byte is read,
+    /// and has arrived behind all that is under way. Both go on at the same time.
+    pub fn predicted_downtime_of(set: &[Self], delivery: &Delivery) -> Option<Duration> {
+        let bytes = set.iter().try_fold(0, |sum: u64, left| Some(sum.saturating_add(left.left_bytes()?)))?;
+        let reading = set.iter().map(Self::predicted_downtime).sum::<Option<Duration>>();
+        match delivery.time_for(bytes) {
+            // What arrives was read before, so where no rate of reading is known, that of arriving is one for both.
+            Some(arriving) => Some(reading.unwrap_or_default().max(arriving)),
+            // Nothing has arrived yet that a rate could be measured on.
+            None if delivery.under_way_bytes() > 0 => None,
+            None => reading,
+        }
     }
 
     /// How long a stop would take from here at the rate measured so far. `None` where the device does not say how
     /// much is left, or no rate is known yet.
     pub fn predicted_downtime(&self) -> Option<Duration> {
+        let bytes = self.left_bytes()?;
+        if bytes == 0 { Some(Duration::ZERO) } else { self.pace.largest.time_for(bytes) }
+    }
+
+    /// How much a stop would have to read, where the device says how much state it has.
+    fn left_bytes(&self) -> Option<u64> {
         // The device's data size may be the full size although most of it is copied; what is left to pre-copy says
         // nothing about the part that only a stopped device hands out. Each alone is wrong: the size bounds from
         // above, and what was copied and is not dirty again need not be copied twice.
@@ -176,8 +200,7 @@ impl Left {
             Some(info) => info.initial_bytes.saturating_add(info.dirty_bytes),
             None => self.pace.dirty_bytes(),
         };
-        let bytes = size.saturating_sub(self.pace.copied_bytes).max(dirty).min(size);
-        if bytes == 0 { Some(Duration::ZERO) } else { self.pace.time_for(bytes) }
+        Some(size.saturating_sub(self.pace.copied_bytes).max(dirty).min(size))
     }
 }
 

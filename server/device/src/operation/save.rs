@@ -14,7 +14,9 @@ pub use report::{SaveReport, SaveTerms};
 use super::error::{Cause, OperationError, Unwound};
 use super::machine::{LostTrack, Machine, begin, drive};
 use super::set::{Noted, Seats};
-use super::{Caller, DeviceProgress, OperationStep, Pace, Progress, Settled, StateSink, Word, capabilities};
+use super::{
+    Caller, Delivery, DeviceProgress, OperationStep, Pace, Progress, Settled, StateSink, Word, capabilities,
+};
 use crate::driver::{Driver, Peers, Quiesced, SaveMode, SaveSession, Stopped};
 use crate::lane::Then;
 use crate::{Call, ChunkPool, ConfigCapture, DeviceLane};
@@ -70,6 +72,8 @@ pub(super) struct SaveRun<'a, S> {
     stopping: Option<Duration>,
     ended: Duration,
     precopy_bytes: u64,
+    /// What has become of it, where the sink says so.
+    delivery: Delivery,
     predicted_downtime: Option<Duration>,
     /// The sink was asked to seal. It may have done so although the answer was not waited for.
     sealing: bool,
@@ -161,6 +165,7 @@ impl<'a, S: StateSink> SaveRun<'a, S> {
             stopping: None,
             ended,
             precopy_bytes: 0,
+            delivery: Delivery::default(),
             predicted_downtime: None,
             sealing: false,
             word: Word::Commit,

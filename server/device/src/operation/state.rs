@@ -40,6 +40,12 @@ pub trait StateSink: Send {
         false
     }
 
+    /// Of the bytes that were given, how many have not arrived yet: what is left of a device comes after them. None where
+    /// what is given has arrived as good as at once.
+    fn under_way(&self) -> Option<u64> {
+        None
+    }
+
     /// What was written, sealed or not, is no checkpoint. An error changes nothing: what resists is left over.
     fn discard(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
 }

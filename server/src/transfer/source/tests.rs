@@ -83,6 +83,7 @@ fn opened() -> StreamOpened {
         idle_timeout: Duration::from_mins(1),
         lifetime: Duration::from_hours(1),
         ack_interval_bytes: 1 << 20,
+        ack_delay: None,
     };
     StreamOpened { version: Version(2), stream_id: STREAM, manifest, limits, next_sequence: 0 }
 }

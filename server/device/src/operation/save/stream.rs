@@ -20,6 +20,8 @@ use crate::{Call, ChunkPool, DataSize, DeviceError};
 const POOL_KEEP: usize = 2 * BATCH_CHUNKS;
 /// First and longest pause when a device has nothing for now; each is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
+/// The longest while something is under way: when it has arrived is a measure of the rate, and may be what is waited for.
+const ARRIVING_PAUSE: Duration = Duration::from_millis(10);
 
 impl<S: StateSink> SaveRun<'_, S> {
     pub(super) async fn pre_copy(&mut self) -> Result<SaveEvent, Noted> {
@@ -30,23 +32,42 @@ impl<S: StateSink> SaveRun<'_, S> {
         loop {
             let mut left = Vec::with_capacity(self.set.len());
             for index in 0..self.set.len() {
+                self.sample();
                 left.push(self.pre_copy_some(index).await?);
+            }
+            self.sample();
+            let has_nothing = left.iter().all(|left| left.nothing_now);
+            if has_nothing {
+                self.delivery.nothing_more();
             }
             // A stop that began now would last for as long as nothing goes over, which nobody can tell.
             let is_down = self.sink.is_down();
-            self.predicted_downtime = if is_down { None } else { Left::predicted_downtime_of(&left) };
+            self.predicted_downtime =
+                if is_down { None } else { Left::predicted_downtime_of(&left, &self.delivery) };
             self.tell();
             if let Some(event) = self.cutover_now(&left, is_down)? {
                 return Ok(self.cut_over(event));
             }
-            if left.iter().all(|left| left.nothing_now) {
-                if let Some(event) = self.pause(pause).await {
+            if has_nothing {
+                let longest = if self.delivery.under_way_bytes() > 0 { ARRIVING_PAUSE } else { PAUSES.1 };
+                if let Some(event) = self.pause(pause.min(longest)).await {
                     return Ok(self.cut_over(event));
                 }
                 pause = (pause * 2).min(PAUSES.1);
             } else {
                 pause = PAUSES.0;
             }
+        }
+    }
+
+    /// Looks at what has arrived of what was given so far.
+    fn sample(&mut self) {
+        if self.sink.is_down() {
+            self.delivery.stand_still();
+        } else if let Some(under_way_bytes) = self.sink.under_way() {
+            let given_bytes =
+                self.progress.iter().fold(0, |sum: u64, device| sum.saturating_add(device.bytes));
+            self.delivery.sample(self.set.now(), given_bytes, under_way_bytes);
         }
     }
 
@@ -61,8 +82,11 @@ impl<S: StateSink> SaveRun<'_, S> {
         let (elapsed, policy) = (self.set.elapsed(), self.terms.policy);
         match self.plan.cutover {
             Cutover::Auto => {
-                let decision =
-                    if is_down { policy.decide_while_down(elapsed) } else { policy.decide(left, elapsed) };
+                let decision = if is_down {
+                    policy.decide_while_down(elapsed)
+                } else {
+                    policy.decide_on(left, &self.delivery, elapsed)
+                };
                 match decision {
                     Decision::CutOver => Ok(Some(SaveEvent::CutoverDue)),
                     Decision::Continue => Ok(None),

@@ -6,16 +6,22 @@ use std::ops::Range;
 use super::*;
 use crate::Clock;
 use crate::executor::VirtualTime;
+use crate::sim::SizeReport;
 
 const MS: Duration = Duration::from_millis(1);
 
-/// Takes each chunk in this time, but at once while its line is down.
+/// Takes each chunk in this time, but at once while its line is down, and where it has a rate at which chunks arrive behind
+/// it.
 struct Line {
     memory: Memory,
     time: Arc<VirtualTime>,
     slot: SimDevice,
     chunk_takes: Duration,
     down: Range<Duration>,
+    /// Of a line that says what has arrived.
+    bytes_per_ms: Option<u64>,
+    /// When all that was given has.
+    clear: Duration,
     /// When the first chunk came of a device that stands still.
     stopped: Option<Duration>,
 }
@@ -27,13 +33,19 @@ impl StateSink for Line {
         } else {
             assert_eq!(self.slot.state(), State::PreCopy);
         }
-        if !self.is_down() {
-            self.time.advance(self.chunk_takes);
+        match self.bytes_per_ms {
+            Some(rate) => {
+                let takes = Duration::from_nanos(bytes.len() as u64 * 1_000_000 / rate);
+                self.clear = self.clear.max(self.time.now()) + takes;
+            }
+            None if !self.is_down() => self.time.advance(self.chunk_takes),
+            None => {}
         }
         self.memory.chunk(device, bytes).await
     }
 
     async fn seal(&mut self, config: &[Option<ConfigCapture>]) -> Result<(), BoxError> {
+        self.time.advance(self.clear.saturating_sub(self.time.now()));
         self.memory.seal(config).await
     }
 
@@ -43,6 +55,11 @@ impl StateSink for Line {
 
     fn is_down(&self) -> bool {
         self.down.contains(&self.time.now())
+    }
+
+    fn under_way(&self) -> Option<u64> {
+        let left = self.clear.saturating_sub(self.time.now());
+        Some(u64::try_from(left.as_nanos()).unwrap() * self.bytes_per_ms? / 1_000_000)
     }
 
     async fn discard(&mut self) -> Result<(), BoxError> {
@@ -56,7 +73,16 @@ fn line(change: fn(&mut SimConfig), down: Range<Duration>) -> (Node, Line) {
     let time = inline.time();
     let node = Node::on(Arc::new(inline), Arc::clone(&time), &configs(1, change), &[]);
     let slot = node.slots[0].clone();
-    let line = Line { memory: Memory::new(1), time, slot, chunk_takes: 10 * MS, down, stopped: None };
+    let line = Line {
+        memory: Memory::new(1),
+        time,
+        slot,
+        chunk_takes: 10 * MS,
+        down,
+        bytes_per_ms: None,
+        clear: Duration::ZERO,
+        stopped: None,
+    };
     (node, line)
 }
 
@@ -110,4 +136,44 @@ fn no_rate_is_measured_while_the_line_is_down() {
         let predicted = report.predicted_downtime.expect("a rate is known");
         assert!(predicted * 2 >= report.downtime, "{predicted:?}, and it took {:?}", report.downtime);
     }
+}
+
+/// A device can be read much faster than its state goes over: what was read counts as left until it has arrived, and the
+/// rate is that at which it arrives.
+#[test]
+fn what_is_under_way_is_waited_for_and_is_a_part_of_what_is_predicted() {
+    let busy: fn(&mut SimConfig) = |config| {
+        config.workload = Workload { dirty_bytes_per_second: 1 << 18, working_set_bytes: None };
+    };
+    // All of the device takes 300 ms; of the busy one a quarter of what arrives is new again.
+    for (change, fits_at) in [((|_| ()) as fn(&mut SimConfig), 250 * MS), (busy, 340 * MS)] {
+        let (node, mut sink) = line(change, Duration::ZERO..Duration::ZERO);
+        sink.bytes_per_ms = Some(1000);
+        let policy = PrecopyPolicy { downtime_limit: 50 * MS, stop_over_limit: false, ..POLICY };
+        let report = save(&node.lanes, RESUME, policy, &mut sink).unwrap();
+        let predicted = report.predicted_downtime.expect("a rate is known");
+        assert!(predicted <= 50 * MS, "{report:?}");
+        assert!(predicted.abs_diff(report.downtime) <= 2 * MS, "{report:?}");
+        let stopped = sink.stopped.unwrap();
+        assert!((fits_at..fits_at + 15 * MS).contains(&stopped), "no later than it fits: {stopped:?}");
+    }
+}
+
+/// Where nothing has arrived yet nobody knows how long it takes, and waiting tells.
+#[test]
+fn nothing_is_predicted_before_something_has_arrived() {
+    let (node, mut sink) =
+        line(|config| config.data_size = SizeReport::Unknown, Duration::ZERO..Duration::ZERO);
+    sink.bytes_per_ms = Some(1000);
+    let report = save(&node.lanes, RESUME, POLICY, &mut sink).unwrap();
+    // How much only a stop brings cannot be told of such a device, and is not waited for; what is under way is.
+    assert_eq!(report.predicted_downtime, None);
+    assert!(report.downtime <= POLICY.downtime_limit, "{report:?}");
+    assert!(sink.stopped.unwrap() < 10 * MS, "the limit is as long as all of the device takes");
+    let (node, mut sink) =
+        line(|config| config.data_size = SizeReport::Unknown, Duration::ZERO..Duration::ZERO);
+    sink.bytes_per_ms = Some(500);
+    let report = save(&node.lanes, RESUME, POLICY, &mut sink).unwrap();
+    assert!(report.downtime <= POLICY.downtime_limit, "{report:?}");
+    assert!((300 * MS..330 * MS).contains(&sink.stopped.unwrap()), "{:?}", sink.stopped);
 }
