@@ -15,6 +15,7 @@ use hyper_util::rt::TokioIo;
 use prost_types::Duration as WireDuration;
 use tokio::net::TcpStream;
 use tokio::runtime::Runtime;
+use tokio::sync::watch;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::Code;
@@ -138,6 +139,7 @@ impl Drop for Bench {
 pub(crate) struct Line {
     pub(crate) address: String,
     is_cut: Arc<AtomicBool>,
+    unheard: watch::Sender<usize>,
     _folder: tempfile::TempDir,
 }
 
@@ -149,32 +151,47 @@ impl Line {
         let device = bench.address.trim_start_matches("vfio-user:").to_owned();
         let is_cut = Arc::new(AtomicBool::new(false));
         let cut = Arc::clone(&is_cut);
+        let unheard = watch::Sender::new(0);
+        let told = unheard.clone();
         // Its threads end with their sockets, or with the test.
         thread::spawn(move || {
             for near in listener.incoming().map_while(Result::ok) {
                 let Ok(far) = UnixStream::connect(&device) else { return };
                 let (near_out, far_out) = (near.try_clone().unwrap(), far.try_clone().unwrap());
                 thread::spawn(move || io::copy(&mut &near, &mut &far_out));
-                let cut = Arc::clone(&cut);
-                thread::spawn(move || carry(&far, &near_out, &cut));
+                let (cut, told) = (Arc::clone(&cut), told.clone());
+                thread::spawn(move || carry(&far, &near_out, &cut, &told));
             }
         });
-        Self { address: format!("vfio-user:{}", path.display()), is_cut, _folder: folder }
+        Self { address: format!("vfio-user:{}", path.display()), is_cut, unheard, _folder: folder }
     }
 
     pub(crate) fn cut(&self) {
         self.is_cut.store(true, Ordering::Release);
     }
+
+    /// Waits until somebody waits for an answer that does not come through.
+    pub(crate) async fn keeps_waiting(&self) {
+        let mut unheard = self.unheard.subscribe();
+        soon(unheard.wait_for(|answers| *answers > 0)).await.unwrap();
+    }
 }
 
-fn carry(mut from: &UnixStream, mut to: &UnixStream, is_cut: &AtomicBool) -> io::Result<()> {
+fn carry(
+    mut from: &UnixStream,
+    mut to: &UnixStream,
+    is_cut: &AtomicBool,
+    unheard: &watch::Sender<usize>,
+) -> io::Result<()> {
     let mut bytes = [0; 4096];
     loop {
         let got = from.read(&mut bytes)?;
         if got == 0 {
             return to.shutdown(Shutdown::Both);
         }
-        if !is_cut.load(Ordering::Acquire) {
+        if is_cut.load(Ordering::Acquire) {
+            unheard.send_modify(|answers| *answers += 1);
+        } else {
             to.write_all(&bytes[..got])?;
         }
     }

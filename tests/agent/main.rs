@@ -11,6 +11,7 @@
     reason = "a saver saves what is saved, and a restorer restores what is restored"
 )]
 
+mod arrivals;
 mod blockers;
 mod bodies;
 mod broken;

@@ -492,7 +492,7 @@ async fn the_same_request_is_the_same_migration() {
 }
 
 /// Prepare, as the agent of the source says it.
-fn prepare_request(
+pub(crate) fn prepare_request(
     devices: Vec<String>,
     source_operation: &str,
     fingerprint: Option<v1::Fingerprint>,

@@ -26,7 +26,7 @@ use vfio_checkpoint_proto::domain::{
 };
 use vfio_checkpoint_proto::ids::{Epoch, KeyHash, OperationName, Ticket};
 use vfio_checkpoint_proto::v1::BlockerReason;
-use vfio_checkpoint_proto::version::{Version, negotiate};
+use vfio_checkpoint_proto::version::{NoCommonVersion, Version, negotiate};
 
 use super::tickets::random;
 use crate::core::Core;
@@ -104,15 +104,18 @@ impl Core {
     ) -> Result<Prepared, Refusal> {
         self.waits_within("commit_timeout", Some(spec.commit_timeout))?;
         let version = negotiate(self.config.server.stream_versions(), spec.versions);
-        // Until it is admitted nobody knows of it, and of one state only one is.
-        let _one_after_another = self.operations.admit_restore().await;
-        if !spec.validate_only
-            && let Some(entry) = self.prepared_before(&starter.caller, key, &spec.source_operation)
-        {
-            let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
-            return Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) });
+        if let Some(before) = self.prepared_before(&spec, &starter.caller, key, version)? {
+            return Ok(before);
         }
+        // A device that does not answer keeps waiting who asks for it, and must not keep all others waiting too.
         let found = self.look(&spec.devices).await;
+        // Until it is admitted nobody knows of it, and of one state only one is. What was found is looked at again there.
+        let _one_after_another =
+            if spec.validate_only { None } else { Some(self.operations.admit_restore().await) };
+        // It may have been asked twice at once.
+        if let Some(before) = self.prepared_before(&spec, &starter.caller, key, version)? {
+            return Ok(before);
+        }
         let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()))
             .and_arriving(&self.operations.active());
         let restore = RestoreSpec {
@@ -188,9 +191,25 @@ impl Core {
         Ok(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) })
     }
 
+    /// What this source was answered when it prepared this operation of its own before.
+    fn prepared_before(
+        &self,
+        spec: &PrepareSpec,
+        caller: &str,
+        key: KeyHash,
+        version: Result<Version, NoCommonVersion>,
+    ) -> Result<Option<Prepared>, Refusal> {
+        if spec.validate_only {
+            return Ok(None);
+        }
+        let Some(entry) = self.arrival_of(caller, key, &spec.source_operation) else { return Ok(None) };
+        let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
+        Ok(Some(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) }))
+    }
+
     /// The arrival that this source has prepared with this operation of its own. Agents on many nodes may share an
     /// identity, and their operations' names are no secret: it takes the key too.
-    fn prepared_before(&self, caller: &str, key: KeyHash, source: &OperationName) -> Option<Arc<Entry>> {
+    fn arrival_of(&self, caller: &str, key: KeyHash, source: &OperationName) -> Option<Arc<Entry>> {
         let is_it = |entry: &Entry| {
             matches!(entry.fixed.job, JobRecord::Arrive { .. })
                 && entry.fixed.caller == caller
