@@ -8,7 +8,8 @@
 //!   failing(FOLDER/.., "commit of HELD")  Ok, then EIO, EIO, ... until it is dropped; "failed at ..." on standard error
 //! ```
 //! The second kind is of one folder, and so of one agent, because many agents run in one process of tests. Whoever
-//! watches a folder is told of each of them, whether it fails or not.
+//! watches a folder is told of each of them, whether it fails or not. `fail(FOLDER, "planted: DEFECT", 0)` has the agent
+//! do what it must not: a proof that finds no such defect proves nothing.
 //!
 //! They are there with the feature `failpoints` alone, which only the workspace's tests turn on. Without it `reached` is
 //! an empty function, and nothing reads the environment. The crate `fail` is not used: it prints nothing before it
@@ -30,6 +31,11 @@ use std::path::Path;
 pub(crate) fn failing(path: &Path, point: fmt::Arguments<'_>) -> io::Result<()> {
     let _ = (path, point);
     Ok(())
+}
+
+/// Whether a test has planted this defect in the agent whose folder this is, for others to find.
+pub(crate) fn is_planted(folder: &Path, defect: &str) -> bool {
+    failing(folder, format_args!("planted: {defect}")).is_err()
 }
 
 /// The agent has come to `point`.

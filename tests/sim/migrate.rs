@@ -56,6 +56,8 @@ pub(crate) struct Draw {
     goes_back: bool,
     /// The admin says that the destination is fenced where it is not: a bug, for the oracles to find.
     pub(crate) lies: bool,
+    /// A defect in the agents: for the oracles to find.
+    pub(crate) plant: Option<&'static str>,
 }
 
 impl Draw {
@@ -78,6 +80,7 @@ impl Draw {
             resolves: dice.once_in(2),
             goes_back: dice.once_in(3),
             lies: false,
+            plant: None,
         }
     }
 }
@@ -108,6 +111,11 @@ pub(crate) fn run_with_liar(pki: &Arc<Pki>, seed: u64, faults: Vec<Planned>) -> 
     )
 }
 
+/// The same with a defect in every agent.
+pub(crate) fn run_with(plant: &'static str, pki: &Arc<Pki>, seed: u64, faults: Vec<Planned>) -> Told {
+    run_as(pki, seed, faults, Draw { plant: Some(plant), ..Draw::of(seed) })
+}
+
 fn run_as(pki: &Arc<Pki>, seed: u64, faults: Vec<Planned>, draw: Draw) -> Told {
     let dice = Dice::new(seed, "world");
     let set = |first: u64| -> Vec<SimConfig> {
@@ -130,6 +138,7 @@ fn run_as(pki: &Arc<Pki>, seed: u64, faults: Vec<Planned>, draw: Draw) -> Told {
     let world = World::new(
         pki,
         Terms {
+            plant: draw.plant,
             seed,
             faults,
             devices: vec![("a", set(1)), ("b", set(11))],

@@ -13,10 +13,10 @@ use crate::pki::Pki;
 use crate::transfer::{AGENTS, faults_of, run};
 use crate::world::Ended;
 
-/// How many seeds are run where it is not said: half a minute of one processor, and the same ones everywhere.
+/// How many seeds are run where it is not said: the same ones everywhere.
 const SEEDS: u64 = 600;
-/// The same for migrations.
-const MIGRATIONS: u64 = 300;
+/// The same for migrations: a few minutes of a processor.
+const MIGRATIONS: u64 = 2000;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
@@ -261,6 +261,24 @@ fn an_admin_who_lies_is_found() {
         let silence = Fault::Hold(("a", "b"), Duration::from_secs(10));
         faults.push(Planned { when: When::Said("set RUNNING_P2P"), fault: silence });
         migrate::run_with_liar(&pki, seed, faults).ended.violations
+    });
+}
+
+/// A source that takes silence for a refusal runs what its destination runs, once an answer to Commit is lost.
+#[test]
+fn a_source_that_resumes_on_silence_is_found() {
+    let pki = pki();
+    finds_a_second_copy("a source that resumes on silence", |seed| {
+        migrate::run_with("silence is a refusal", &pki, seed, migrate::faults_of(seed)).ended.violations
+    });
+}
+
+/// A source that tells its destination to run before that is on record forgets it in a crash.
+#[test]
+fn a_source_that_commits_without_a_record_is_found() {
+    let pki = pki();
+    finds_a_second_copy("a source that commits without a record", |seed| {
+        migrate::run_with("commit without a record", &pki, seed, migrate::faults_of(seed)).ended.violations
     });
 }
 

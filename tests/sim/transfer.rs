@@ -79,6 +79,7 @@ pub(crate) fn run(pki: &Arc<Pki>, seed: u64, faults: Vec<Planned>) -> Ended {
     let world = World::new(
         pki,
         Terms {
+            plant: None,
             seed,
             faults,
             devices: vec![("a", vec![small(1)]), ("b", vec![small(2)])],

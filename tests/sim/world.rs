@@ -10,7 +10,7 @@
 //! - What an agent leaves behind when it dies is what its host says: its devices as far as a holder keeps them, its disk as
 //!   far as it was synced. Nothing else outlives it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -20,7 +20,7 @@ use vfio_checkpoint_device::chain;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig};
 use vfio_checkpoint_server::environment::Environment;
-use vfio_checkpoint_server::failpoint::{Watching, watch};
+use vfio_checkpoint_server::failpoint::{Failing, Watching, fail, watch};
 use vfio_checkpoint_server::serve::Agent;
 
 use crate::dice::Dice;
@@ -110,6 +110,8 @@ pub(crate) struct Terms {
     /// Latency of every link, least and most.
     pub(crate) latency: (Duration, Duration),
     pub(crate) slowest_ms: u64,
+    /// A defect in every agent.
+    pub(crate) plant: Option<&'static str>,
 }
 
 /// What became of a run.
@@ -137,6 +139,7 @@ pub(crate) struct World<'a> {
     orders: Orders,
     /// Hosts that never come back.
     gone: Arc<Mutex<Vec<&'static str>>>,
+    _planted: Option<Failing>,
 }
 
 /// Which hosts ended with nobody to keep their devices, and when.
@@ -197,7 +200,8 @@ impl World<'_> {
         }
         let (calm, bare_ends) = (Arc::default(), Arc::default());
         let (orders, gone) = (Arc::default(), Arc::default());
-        Self { sim, log, oracle, hosts, clock, terms, calm, bare_ends, orders, gone }
+        let planted = terms.plant.map(|defect| fail(Path::new(&folder), &format!("planted: {defect}"), 0));
+        Self { _planted: planted, sim, log, oracle, hosts, clock, terms, calm, bare_ends, orders, gone }
     }
 
     pub(crate) fn host(&self, name: &str) -> &Host {

@@ -32,7 +32,7 @@ use vfio_checkpoint_proto::v1;
 
 use super::peer::{PeerError, record};
 use crate::core::Core;
-use crate::failpoint::reached;
+use crate::failpoint::{is_planted, reached};
 use crate::operation::Entry;
 use crate::operation::record::HandoverRecord;
 use crate::transfer::WireSink;
@@ -89,6 +89,9 @@ impl Offer {
                     }
                 }
                 Err(error) => {
+                    if is_planted(&self.core.config.node.state_dir, "silence is a refusal") {
+                        return Settled::Here("a test has it so".into());
+                    }
                     // Another connection, and another certificate where there is one by now.
                     self.client = None;
                     self.doubt(format!("the destination cannot be asked: {}", chain(&error)));

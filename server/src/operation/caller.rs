@@ -1,5 +1,6 @@
 //! What a device operation asks and is told, on behalf of its entry.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use vfio_checkpoint_fsm::{RestoreState, SaveState, Validity};
 use super::entry::{Entry, Phase};
 use super::record::{JobRecord, OperationDeviceRecord, RecordedStep};
 use crate::core::Core;
-use crate::failpoint::reached;
+use crate::failpoint::{is_planted, reached};
 use crate::journal::{Change, DeviceRecord};
 use crate::transfer::SinkWatch;
 
@@ -138,6 +139,9 @@ impl EntryCaller {
                 // That it was to be committed may be on record, and then only this takes it back: without it a later life of
                 // the agent would have the destination run what runs here.
                 OfferStep::Begun => self.record_surely(RecordedStep::Begun).await,
+                OfferStep::Committing if is_planted(self.folder(), "commit without a record") => {
+                    self.entry.set_on_record(RecordedStep::Committing);
+                }
                 OfferStep::Committing => self.record(RecordedStep::Committing).await?,
                 OfferStep::LettingGo => self.record(RecordedStep::LettingGo).await?,
             }
@@ -338,6 +342,10 @@ impl EntryCaller {
         .await?;
         self.entry.change(|view| view.deadline = Some(deadline));
         Ok(())
+    }
+
+    fn folder(&self) -> &Path {
+        &self.core.config.node.state_dir
     }
 
     async fn record(&self, step: RecordedStep) -> Result<(), BoxError> {
