@@ -1,4 +1,10 @@
 //! What a device operation asks and is told, on behalf of its entry.
+//!
+//! # Invariants
+//! - A step is on record before the command is executed that comes with it.
+//! - Of a migration, asserted where it is recorded: the source lets go only of what it was told to be elsewhere, and nothing
+//!   runs under an epoch that is older than one that was seen here. An agent that would is stopped in its step, and its
+//!   devices stay as they are.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,7 +17,7 @@ use vfio_checkpoint_fsm::handover::{ArrivalStep, OfferStep};
 use vfio_checkpoint_fsm::{RestoreState, SaveState, Validity};
 
 use super::entry::{Entry, Phase};
-use super::record::{JobRecord, OperationDeviceRecord, RecordedStep};
+use super::record::{JobRecord, OperationDeviceRecord, RecordedStep, VerdictRecord};
 use crate::core::Core;
 use crate::failpoint::{is_planted, reached};
 use crate::journal::{Change, DeviceRecord};
@@ -143,7 +149,10 @@ impl EntryCaller {
                     self.entry.set_on_record(RecordedStep::Committing);
                 }
                 OfferStep::Committing => self.record(RecordedStep::Committing).await?,
-                OfferStep::LettingGo => self.record(RecordedStep::LettingGo).await?,
+                OfferStep::LettingGo => {
+                    self.assert_told();
+                    self.record(RecordedStep::LettingGo).await?;
+                }
             }
         }
         match state {
@@ -357,7 +366,31 @@ impl EntryCaller {
         self.core.record_surely(&self.entry, step).await;
     }
 
+    /// The source lets go only after the destination's word that it runs, or an admin's that it may.
+    fn assert_told(&self) {
+        let known = self.entry.view().handover.map(|handover| handover.record);
+        let told = known.is_some_and(|known| {
+            let decided = known.resolution.map(|resolution| !resolution.resume_here);
+            decided.unwrap_or(known.verdict == Some(VerdictRecord::Committed))
+        });
+        assert!(told, "{} would let go of what nobody said to run elsewhere", self.entry.fixed.name);
+    }
+
+    /// Nothing runs under an epoch that is older than one that this agent has seen.
+    fn assert_newest(&self) {
+        let records: Vec<_> = self.core.registry.all().filter_map(|slot| slot.view().record).collect();
+        for device in &self.entry.fixed.devices {
+            let newer = records.iter().any(|record| {
+                let lives = std::iter::once((&record.logical, record.epoch));
+                let past = record.past.iter().map(|past| (&past.logical, past.epoch));
+                lives.chain(past).any(|(logical, epoch)| *logical == device.logical && epoch > device.epoch)
+            });
+            assert!(!newer, "{} would run {} under an old epoch", self.entry.fixed.name, device.logical);
+        }
+    }
+
     async fn record_running(&self) -> Result<(), BoxError> {
+        self.assert_newest();
         let changes = self.devices(|device, before| {
             let (logical, epoch) = (device.logical.clone(), device.epoch);
             self.core.back_to_life(DeviceRecord { logical, epoch, ..before })

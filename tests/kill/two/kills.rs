@@ -403,6 +403,37 @@ async fn an_agent_and_its_holder_are_killed_around_the_commit() {
     }
 }
 
+/// The holder of one side is killed at every record of it, and its agent lives on: what it has open it has open itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_holder_is_killed_alone_at_every_record() {
+    let begun = Instant::now();
+    let mut pair = Pair::new(1, true).await;
+    let records = |steps: Vec<&'static str>| steps.into_iter().filter(|step| step.contains(" commit of "));
+    let here = records(of_source(false)).map(At::Source);
+    let steps: Vec<At> = here.chain(records(of_destination(1)).map(At::Destination)).collect();
+    for at in &steps {
+        eprintln!("holder killed at {at:?}");
+        let job = Move::new(false);
+        let (side, point) = match *at {
+            At::Source(point) => (pair.home, point),
+            At::Destination(point) => (pair.away(), point),
+        };
+        pair.nodes[side].arm(point, 1).await;
+        let driving = pair.driven(&job).await;
+        pair.nodes[side].stopped(point).await;
+        pair.nodes[side].kill_holder();
+        pair.nodes[side].release();
+        driving.await.unwrap();
+        pair.settle(&job, After::Moves).await;
+        pair.nodes[side].start_holder().await;
+    }
+    figure(&format!(
+        "migration of 1: a holder killed alone at {} records: all moved, in {} ms",
+        steps.len(),
+        begun.elapsed().as_millis(),
+    ));
+}
+
 /// One side is killed, and once more while it takes up what it finds.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_is_killed_and_once_more_while_it_recovers() {
