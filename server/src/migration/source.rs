@@ -259,6 +259,19 @@ fn blocker(wire: v1::Blocker) -> Blocker {
     }
 }
 
+/// How far an epoch may go at a time. One is enough, for a destination that has seen no newer one. What comes after the last
+/// epoch that there is would be none that is higher: a device that was there could never move again.
+const LONGEST_STEP: u64 = 1024;
+
+/// The epochs under which the devices will run at the destination, as it says.
+fn epochs_there(told: &[u64], ours: &[Epoch]) -> Result<Vec<Epoch>, String> {
+    let fits = |(new, old): (&u64, &Epoch)| *new > old.0 && *new - old.0 <= LONGEST_STEP;
+    if told.len() == ours.len() && told.iter().zip(ours).all(fits) {
+        return Ok(told.iter().copied().map(Epoch).collect());
+    }
+    Err(format!("epochs: they are not one for each device, higher than its own by 1 to {LONGEST_STEP}"))
+}
+
 /// Why a destination did not take a migration that was admitted here. Nothing was touched.
 #[derive(Debug, thiserror::Error)]
 #[error("the destination did not take the devices: {}", chain(&**.0))]
@@ -294,12 +307,8 @@ impl Departure {
         let operation: OperationName =
             answer.operation.parse().map_err(|error| wrong(format!("operation: {error}")))?;
         let secret = secret(&answer.secret).map_err(|error: Invalid| wrong(error.to_string()))?;
-        let epochs: Vec<Epoch> = answer.epochs.into_iter().map(Epoch).collect();
-        let ours = entry.fixed.devices.iter().map(|device| device.epoch);
-        if epochs.len() != entry.fixed.devices.len() || epochs.iter().zip(ours).any(|(new, old)| *new <= old)
-        {
-            return Err(wrong("epochs: they are not one for each device, higher than its own".to_owned()));
-        }
+        let ours: Vec<Epoch> = entry.fixed.devices.iter().map(|device| device.epoch).collect();
+        let epochs = epochs_there(&answer.epochs, &ours).map_err(wrong)?;
         entry.hand_over(|handover| {
             handover.record.operation = Some(operation.clone());
             handover.record.secret = Some(secret);
@@ -310,5 +319,24 @@ impl Departure {
         let options = DialOptions { versions: core.config.server.stream_versions(), resume: None };
         let dialed = dial_with(&client, &operation, StreamRole::Giver, options).await;
         Ok((client, Attached::dialed(dialed.map_err(|error| NotTaken(Box::new(error)))?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_rises_and_not_out_of_sight() {
+        let ours = [Epoch(3), Epoch(u64::MAX - 5)];
+        let taken = |first, second| epochs_there(&[first, second], &ours).ok();
+        let last = u64::MAX - 4;
+        assert_eq!(taken(4, last), Some(vec![Epoch(4), Epoch(last)]));
+        assert_eq!(taken(3 + LONGEST_STEP, last), Some(vec![Epoch(3 + LONGEST_STEP), Epoch(last)]));
+        for first in [0, 2, 3, 4 + LONGEST_STEP, u64::MAX] {
+            assert_eq!(taken(first, last), None, "{first}");
+        }
+        assert_eq!(taken(4, 4), None, "each of its own device");
+        assert!(epochs_there(&[4], &ours).is_err() && epochs_there(&[4, last, 1], &ours).is_err());
     }
 }
