@@ -2,12 +2,14 @@
 
 use std::time::Duration;
 
+use tonic::Code;
 use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_server::migration::Tickets;
 
-use crate::flow::{Bench, Line, device, soon};
+use crate::flow::{Bench, Line, at_once, device, refused, soon};
 use crate::lab::{Lab, start};
 use crate::migrations::prepare_request;
-use crate::pair::small;
+use crate::pair::{Pair, small};
 
 /// A device that does not answer keeps whoever asks for it waiting, and nobody else.
 #[tokio::test(flavor = "multi_thread")]
@@ -51,4 +53,21 @@ async fn a_device_that_hangs_keeps_no_other_arrival_waiting() {
         assert!(!waiting.is_finished(), "it was answered too soon for this to say anything");
         waiting.abort();
     }
+}
+
+/// Whoever may migrate must not be able to keep everybody else who may from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_all_tickets() {
+    let pair = Pair::new(1).await;
+    let (source, destination) = pair.migrator().await;
+    let admission = pair.admission(&source).await;
+    for _ in 0..Tickets::MOST_OF_ONE {
+        destination.admit(admission.clone()).await.unwrap();
+    }
+    let more = at_once(destination).admit(admission.clone()).await;
+    let refusal = refused(more, Code::Unavailable, "TOO_MANY_TICKETS");
+    assert!(refusal.message.contains("spiffe://lab.test/migrator/test"), "{refusal}");
+    let other = pair.lab.client_named(&pair.destination, "spiffe://lab.test/migrator/other").await;
+    other.admit(admission).await.unwrap();
+    pair.stop().await;
 }

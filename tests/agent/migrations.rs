@@ -6,9 +6,8 @@ use vfio_checkpoint_device::fault::Fault;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::{Capabilities, State};
 use vfio_checkpoint_proto::v1;
-use vfio_checkpoint_server::migration::Tickets;
 
-use crate::flow::{at_once, device, done, failure, millis, refused, request_id, soon, violations};
+use crate::flow::{device, done, failure, millis, refused, request_id, soon, violations};
 use crate::pair::{Pair, key, small};
 use crate::relay::Relay;
 
@@ -363,18 +362,6 @@ async fn a_ticket_opens_for_its_source_and_set_alone_and_once() {
     let ticket = destination.admit(admission).await.unwrap().ticket;
     let name = source.migrate(pair.request(ticket.clone())).await.unwrap().operation.unwrap().name;
     assert_eq!(soon(done(&source, &name)).await.result(), v1::OperationResult::Succeeded);
-    pair.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn there_are_so_many_tickets_and_no_more() {
-    let pair = Pair::new(1).await;
-    let (source, destination) = pair.migrator().await;
-    let admission = pair.admission(&source).await;
-    for _ in 0..Tickets::MOST {
-        destination.admit(admission.clone()).await.unwrap();
-    }
-    refused(at_once(destination).admit(admission).await, Code::Unavailable, "TOO_MANY_TICKETS");
     pair.stop().await;
 }
 

@@ -6,7 +6,8 @@
 //! Tickets live in memory: after a restart of the agent none is good, and whoever has one asks for another.
 //!
 //! # Invariants
-//! - At most [`Tickets::MOST`] are out at a time; those whose time is over make room.
+//! - At most [`Tickets::MOST`] are out at a time, and at most [`Tickets::MOST_OF_ONE`] that one identity has asked for; those
+//!   whose time is over make room.
 //! - A ticket that is shown by the wrong source stays good for the right one.
 
 use std::collections::BTreeMap;
@@ -53,6 +54,15 @@ pub enum TicketError {
     /// Too many are out.
     #[error("{} tickets are out, as many as there may be; wait until some have expired", Tickets::MOST)]
     Full,
+    /// Too many of one caller are out.
+    #[error(
+        "{} tickets of {caller} are out, as many as there may be of one; use them, or wait until some have expired",
+        Tickets::MOST_OF_ONE
+    )]
+    Share {
+        /// Who it is.
+        caller: String,
+    },
     /// There is no randomness.
     #[error("no ticket can be made, because the system gives no random bytes")]
     Random,
@@ -61,6 +71,8 @@ pub enum TicketError {
 impl Tickets {
     /// The most that are out at a time.
     pub const MOST: usize = 1024;
+    /// The most that one identity has out at a time: whoever may ask must not be able to keep all others from it.
+    pub const MOST_OF_ONE: usize = Self::MOST / 4;
 
     /// Makes one, at `now`.
     pub fn issue(&self, now: Duration, spec: AdmitSpec, caller: String) -> Result<Ticket, TicketError> {
@@ -69,6 +81,9 @@ impl Tickets {
         tickets.retain(|_, promise| promise.until > now);
         if tickets.len() >= Self::MOST {
             return Err(TicketError::Full);
+        }
+        if tickets.values().filter(|promise| promise.caller == caller).count() >= Self::MOST_OF_ONE {
+            return Err(TicketError::Share { caller });
         }
         let until = now.saturating_add(spec.ttl);
         tickets.insert(ticket.clone(), Promise { spec, caller, until });
@@ -174,13 +189,32 @@ mod tests {
     fn a_ticket_ends_and_makes_room() {
         let tickets = Tickets::default();
         let first = tickets.issue(Duration::ZERO, spec(), String::new()).unwrap();
-        for _ in 1..Tickets::MOST {
-            tickets.issue(Duration::from_secs(1), spec(), String::new()).unwrap();
+        let second = Duration::from_secs(1);
+        for number in 1..Tickets::MOST {
+            tickets.issue(second, spec(), (number / Tickets::MOST_OF_ONE).to_string()).unwrap();
         }
-        assert_eq!(tickets.issue(Duration::from_secs(1), spec(), String::new()), Err(TicketError::Full));
+        assert_eq!(tickets.issue(second, spec(), "another".to_owned()), Err(TicketError::Full));
         let looked = |now| tickets.look(now, &first, KeyHash([7; 32]), &[logical(1, 3)], &devices(&["a"]));
         assert!(looked(Duration::from_secs(59)).is_ok());
         assert_eq!(looked(TTL).map(|_| ()), Err(TicketError::Invalid));
         assert!(tickets.issue(TTL, spec(), String::new()).is_ok(), "what has ended makes room");
+    }
+
+    #[test]
+    fn nobody_has_more_than_a_share() {
+        let tickets = Tickets::default();
+        let issue = |now, caller: &str| tickets.issue(now, spec(), caller.to_owned());
+        let first = issue(Duration::ZERO, "one").unwrap();
+        let second = Duration::from_secs(1);
+        for _ in 1..Tickets::MOST_OF_ONE {
+            issue(second, "one").unwrap();
+        }
+        let share = Err(TicketError::Share { caller: "one".to_owned() });
+        assert_eq!(issue(second, "one"), share);
+        assert!(issue(second, "two").is_ok());
+        assert!(tickets.take(&first));
+        assert!(issue(second, "one").is_ok(), "what was used makes room");
+        assert_eq!(issue(second, "one"), share);
+        assert!(issue(second + TTL, "one").is_ok(), "and what has ended does");
     }
 }

@@ -270,7 +270,9 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
         Refusal::Ticket(TicketError::Mismatch { .. }) => {
             (Code::PermissionDenied, ErrorReason::TicketMismatch)
         }
-        Refusal::Ticket(TicketError::Full) => (Code::Unavailable, ErrorReason::TooManyTickets),
+        Refusal::Ticket(TicketError::Full | TicketError::Share { .. }) => {
+            (Code::Unavailable, ErrorReason::TooManyTickets)
+        }
     }
 }
 
