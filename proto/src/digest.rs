@@ -13,12 +13,12 @@ use vfio_checkpoint_seal::SealHasher;
 
 use crate::v1;
 
-/// A request that carries a `request_id`.
+/// A request that has an id, in most of them `request_id`.
 pub trait IdempotentRequest: Message + Clone {
     /// The name of the message, in full.
     const NAME: &'static str;
 
-    /// Clears `request_id`, `validate_only`, and what only opens the door: a ticket is good once, and whoever asks again
+    /// Clears that id, `validate_only`, and what only opens the door: a ticket is good once, and whoever asks again
     /// comes with another, and with the key that the destination has by then.
     fn clear_call_fields(&mut self);
 }
@@ -38,6 +38,17 @@ macro_rules! idempotent {
 }
 
 idempotent!(StartSaveRequest:, RestoreRequest:, ResetDeviceRequest:, MigrateRequest: clear_admission);
+
+/// Of one agent to another. Its id is the operation of the source.
+impl IdempotentRequest for v1::PrepareRequest {
+    const NAME: &'static str = "vfio.checkpoint.v1.PrepareRequest";
+
+    fn clear_call_fields(&mut self) {
+        self.source_operation.clear();
+        self.validate_only = false;
+        self.ticket.clear();
+    }
+}
 
 fn clear_admission(request: &mut v1::MigrateRequest) {
     request.ticket.clear();

@@ -6,7 +6,7 @@ use tonic::Code;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::migration::Tickets;
 
-use crate::flow::{Bench, Line, at_once, device, refused, soon};
+use crate::flow::{Bench, Line, at_once, device, millis, refused, soon};
 use crate::lab::{Lab, start};
 use crate::migrations::prepare_request;
 use crate::pair::{Pair, small};
@@ -53,6 +53,37 @@ async fn a_device_that_hangs_keeps_no_other_arrival_waiting() {
         assert!(!waiting.is_finished(), "it was answered too soon for this to say anything");
         waiting.abort();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_operation_of_a_source_prepares_the_same_and_nothing_else() {
+    let pair = Pair::new(2).await;
+    let (source, destination) = pair.migrator().await;
+    let mut admission = pair.admission(&source).await;
+    admission.logical_devices.truncate(1);
+    admission.devices.truncate(1);
+    let logical = admission.logical_devices[0].clone();
+    let fingerprint = device(&source, "n0").await.fingerprint;
+    let ticket = destination.admit(admission.clone()).await.unwrap().ticket;
+    let first = prepare_request(admission.devices, "operations/some", fingerprint, logical, ticket);
+    let as_source = at_once(pair.lab.client_as(&pair.destination, "source").await);
+    let answer = as_source.prepare(first.clone()).await.unwrap();
+    assert!(!answer.operation.is_empty() && answer.secret.len() == 32);
+    assert_eq!(as_source.prepare(first.clone()).await.unwrap(), answer, "the same again");
+    let changes: [fn(&mut v1::PrepareRequest); 3] = [
+        |request| request.devices = vec!["devices/n1".to_owned()],
+        |request| request.commit_timeout = millis(2000),
+        |request| {
+            let device = &mut request.manifest.as_mut().unwrap().devices[0];
+            device.logical_device.as_mut().unwrap().epoch += 1;
+        },
+    ];
+    for change in changes {
+        let mut other = first.clone();
+        change(&mut other);
+        refused(as_source.prepare(other).await, Code::AlreadyExists, "REQUEST_ID_REUSED");
+    }
+    pair.stop().await;
 }
 
 /// Whoever may migrate must not be able to keep everybody else who may from it.

@@ -10,7 +10,7 @@ use rustls_pki_types::UnixTime;
 use tempfile::TempDir;
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_client::connect::ConnectOptions;
-use vfio_checkpoint_client::tls::{Credentials, ServerCheck, client_config};
+use vfio_checkpoint_client::tls::{CredentialFiles, Credentials, ServerCheck, client_config};
 use vfio_checkpoint_server::config::{AgentConfig, DeviceConfig};
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::security::files::TlsFiles;
@@ -100,6 +100,21 @@ impl Lab {
             self.ca.pem().as_bytes(),
         )
         .unwrap();
+        Self::client_with(address, credentials).await
+    }
+
+    /// A client with the certificate and the key of the agent of this name.
+    pub(crate) async fn client_as(&self, agent: &Agent, name: &str) -> Client {
+        let folder = self.folder.path().join(name);
+        let files = CredentialFiles {
+            certificate: folder.join("tls.crt"),
+            key: folder.join("tls.key"),
+            ca: folder.join("ca.crt"),
+        };
+        Self::client_with(agent.address(), Credentials::from_files(&files).unwrap()).await
+    }
+
+    async fn client_with(address: SocketAddr, credentials: Credentials) -> Client {
         let check = ServerCheck::Name(None);
         let tls = client_config(credentials, &check).unwrap();
         let options = ConnectOptions::new(format!("https://{address}"), tls, check);

@@ -63,8 +63,9 @@ pub(crate) const MESSAGES: [Message; 11] = [
         record: "source: BEGUN",
         does: "uses the ticket up, leases the devices, and records the arrival in LOADING. The devices are left alone until \
                the stream opens",
-        again: "the same answer while the arrival is on record; after that the ticket is not known. Under an epoch that \
-                is over here it is refused (STALE_EPOCH)",
+        again: "the same answer while the arrival is on record; after that the ticket is not known. With another manifest or \
+                other devices it is refused (ALREADY_EXISTS), and so it is under an epoch that is over here \
+                (STALE_EPOCH)",
     },
     Message {
         call: "StreamState",

@@ -35,7 +35,7 @@ use crate::journal::Change;
 use crate::operation::admission::fork::Whereabouts;
 use crate::operation::admission::{self, Blocker};
 use crate::operation::record::{HandoverRecord, JobRecord, PeerRecord};
-use crate::operation::{Asked, Cancel, Entry, Refused, Starter, Way, Work, run, span};
+use crate::operation::{Asked, Cancel, Entry, Refused, Starter, Way, Work, hex, run, span};
 use crate::rpc::Refusal;
 
 /// A destination waits a little longer for the commit than its source does, so that it is the source that decides.
@@ -95,16 +95,18 @@ impl Core {
         self.tls.as_ref().map(|tls| KeyHash(tls.current().material.own_key_hash().0))
     }
 
-    /// Leases the devices of a ticket for what its source brings.
+    /// Leases the devices of a ticket for what its source brings, of which `body` is the digest.
     pub async fn prepare(
         self: &Arc<Self>,
         spec: PrepareSpec,
+        body: [u8; 32],
         starter: Starter,
         key: KeyHash,
     ) -> Result<Prepared, Refusal> {
         self.waits_within("commit_timeout", Some(spec.commit_timeout))?;
         let version = negotiate(self.config.server.stream_versions(), spec.versions);
-        if let Some(before) = self.prepared_before(&spec, &starter.caller, key, version)? {
+        let body = hex(&body);
+        if let Some(before) = self.prepared_before(&spec, &body, &starter.caller, key, version)? {
             return Ok(before);
         }
         // A device that does not answer keeps waiting who asks for it, and must not keep all others waiting too.
@@ -113,7 +115,7 @@ impl Core {
         let _one_after_another =
             if spec.validate_only { None } else { Some(self.operations.admit_restore().await) };
         // It may have been asked twice at once.
-        if let Some(before) = self.prepared_before(&spec, &starter.caller, key, version)? {
+        if let Some(before) = self.prepared_before(&spec, &body, &starter.caller, key, version)? {
             return Ok(before);
         }
         let whereabouts = Whereabouts::of(self.registry.all().map(|slot| slot.view()))
@@ -160,6 +162,7 @@ impl Core {
             operation: Some(spec.source_operation),
             secret: Some(random()?),
             admitted_by: Some(promise.caller),
+            body_digest: Some(body),
             epochs: devices.iter().map(|(_, _, epoch)| *epoch).collect(),
             ..HandoverRecord::new(PeerRecord::Source { key })
         };
@@ -195,6 +198,7 @@ impl Core {
     fn prepared_before(
         &self,
         spec: &PrepareSpec,
+        body: &str,
         caller: &str,
         key: KeyHash,
         version: Result<Version, NoCommonVersion>,
@@ -203,6 +207,10 @@ impl Core {
             return Ok(None);
         }
         let Some(entry) = self.arrival_of(caller, key, &spec.source_operation) else { return Ok(None) };
+        let known = entry.view().handover.and_then(|handover| handover.record.body_digest);
+        if known.is_some_and(|known| known != body) {
+            return Err(Refusal::SourceOperationReused(spec.source_operation.clone()));
+        }
         let version = version.map_err(|none| Refusal::NoCommonVersion(none.to_string()))?;
         Ok(Some(Prepared { entry: Some(entry), blockers: Vec::new(), version: Some(version) }))
     }

@@ -133,6 +133,9 @@ pub struct HandoverRecord {
     /// At the destination: who asked for the ticket. None in records of before it was kept.
     #[serde(default)]
     pub admitted_by: Option<String>,
+    /// At the destination: what the source has prepared, in hexadecimals. None in records of before it was kept.
+    #[serde(default)]
+    pub body_digest: Option<String>,
     /// At the destination: whoever uses the devices has said Ready.
     #[serde(default)]
     pub ready: bool,
@@ -156,6 +159,7 @@ impl HandoverRecord {
             resolution: None,
             settled: false,
             admitted_by: None,
+            body_digest: None,
             ready: false,
             resent_bytes: 0,
             reconnects: 0,

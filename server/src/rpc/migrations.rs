@@ -177,6 +177,7 @@ impl MigrationService for Migrations {
         let resource = wire.devices.join(",");
         let validated = wire.validate_only;
         let prepared = async {
+            let body = body_digest(&wire);
             let spec: PrepareSpec = spec(wire)?;
             let starter = Starter {
                 caller: caller.identity.to_string(),
@@ -184,7 +185,7 @@ impl MigrationService for Migrations {
                 trace_id: telemetry::current_trace_id(),
             };
             let (core, key) = (Arc::clone(&self.core), key(&caller));
-            to_its_end(&self.core.tasks, async move { core.prepare(spec, starter, key).await }).await
+            to_its_end(&self.core.tasks, async move { core.prepare(spec, body, starter, key).await }).await
         }
         .await;
         if !validated {

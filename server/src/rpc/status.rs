@@ -110,6 +110,11 @@ pub enum Refusal {
     /// The request id stands for another request.
     #[error("the request_id was used with another request before; make up a new one")]
     RequestIdReused,
+    /// The source's operation stands for another arrival.
+    #[error(
+        "{0} of this source has prepared something else here before; a migration is an operation of its own"
+    )]
+    SourceOperationReused(OperationName),
     /// A request id whose reset was under way when the agent ended.
     #[error("the agent ended while it reset the device, so how that ended is not known; look at the device")]
     ResetUnknown,
@@ -200,6 +205,7 @@ impl From<Refusal> for Status {
             | Refusal::StreamOpen(_)
             | Refusal::NoCommonVersion(_)
             | Refusal::RequestIdReused
+            | Refusal::SourceOperationReused(_)
             | Refusal::ResetUnknown
             | Refusal::Journal(_)
             | Refusal::Device { .. }
@@ -259,7 +265,9 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
         Refusal::StreamRole { .. } => (Code::FailedPrecondition, ErrorReason::StreamRole),
         Refusal::StreamOpen(_) => (Code::InvalidArgument, ErrorReason::StreamOpen),
         Refusal::NoCommonVersion(_) => (Code::FailedPrecondition, ErrorReason::NoCommonVersion),
-        Refusal::RequestIdReused => (Code::AlreadyExists, ErrorReason::RequestIdReused),
+        Refusal::RequestIdReused | Refusal::SourceOperationReused(_) => {
+            (Code::AlreadyExists, ErrorReason::RequestIdReused)
+        }
         Refusal::ResetUnknown => (Code::FailedPrecondition, ErrorReason::ResetUnknown),
         Refusal::Journal(_) => (Code::Unavailable, ErrorReason::JournalFailed),
         Refusal::Device { reason, .. } => (Code::FailedPrecondition, *reason),
@@ -318,6 +326,7 @@ fn metadata(refusal: &Refusal) -> HashMap<String, String> {
         | Refusal::StreamOpen(_)
         | Refusal::NoCommonVersion(_)
         | Refusal::RequestIdReused
+        | Refusal::SourceOperationReused(_)
         | Refusal::ResetUnknown
         | Refusal::Journal(_)
         | Refusal::Died
