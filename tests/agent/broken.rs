@@ -1,4 +1,6 @@
-//! Migrations over connections that break, fall silent, or end between the word and its answer.
+//! Migrations over connections that break, fall silent, are quiet for long, or end between the word and its answer.
+
+use std::time::Duration;
 
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::State;
@@ -110,6 +112,40 @@ async fn a_word_that_is_swallowed_is_said_again_until_it_is_answered() {
         moved(&pair, &before);
         pair.stop().await;
     }
+}
+
+/// However long it takes until the destination's workload is ready: the stream that waits for it does not break, and the
+/// commit has all of its time after that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_hears_of_the_destination_for_as_long_as_ready_takes() {
+    let idle = Duration::from_millis(300);
+    let pair = Pair::with(1, small, &[], &[], |config| config.server.stream_idle_timeout = idle).await;
+    let before = pair.digests();
+    let (source, destination) = pair.migrator().await;
+    let name = pair
+        .start(|admission, request| {
+            admission.require_ready = true;
+            manual(admission, request);
+        })
+        .await;
+    let seen = when(&source, &name, |seen| seen.phase() == v1::OperationPhase::Sealing).await;
+    let arrival = seen.handover.unwrap().peer_operation;
+    let waits = |seen: &v1::Operation| seen.handover.as_ref().is_some_and(|handover| handover.awaits_ready);
+    let waiting = when(&destination, &arrival, waits).await;
+    // Nothing happens meanwhile.
+    let early = tokio::time::timeout(4 * idle, done(&source, &name)).await;
+    assert!(early.is_err(), "{early:?}");
+    destination.ready(v1::ReadyRequest { operation: arrival.clone() }).await.unwrap();
+    assert_eq!(prepared(&source, &name).await.handover.unwrap().reconnects, 0);
+    let held = prepared(&destination, &arrival).await;
+    let deadline = |seen: &v1::Operation| seen.deadline.map(|at| (at.seconds, at.nanos));
+    assert!(deadline(&held) > deadline(&waiting), "it runs anew");
+    assert!(deadline(&held) > deadline(&prepared(&source, &name).await), "the source decides");
+    source.commit(v1::CommitRequest { operation: name.clone() }).await.unwrap();
+    let ended = soon(done(&source, &name)).await;
+    assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
+    moved(&pair, &before);
+    pair.stop().await;
 }
 
 /// Which versions two agents speak, and whether they go together.

@@ -23,6 +23,9 @@ use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
 /// How long a giver may take to end a stream of which it was told that it is complete.
 const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// The least time between two acks of a taker that waits.
+const SHORTEST_SILENCE: std::time::Duration = std::time::Duration::from_millis(10);
+
 /// The half that takes state.
 pub struct Taker {
     incoming: Incoming,
@@ -89,6 +92,23 @@ impl Taker {
         self.send(StreamMessage { kind: Some(Kind::Ack(ack)) }).await?;
         self.due = None;
         Ok(())
+    }
+
+    /// Keeps the stream while all is taken and somebody has yet to say that it may be told as complete: the giver hears in time
+    /// that this side is still there. Returns why the stream is over. Cancel-safe.
+    pub async fn linger(&mut self) -> TransferError {
+        let silence = (self.terms.limits.idle_timeout / 3).max(SHORTEST_SILENCE);
+        loop {
+            if let Err(error) = self.acknowledge().await {
+                return error;
+            }
+            // What a giver says meanwhile is how far it is. Its silence is nothing unusual: it waits.
+            match timeout(silence, self.hear()).await {
+                Ok(Ok(Some(_))) | Err(_) => {}
+                Ok(Ok(None)) => return self.ended(),
+                Ok(Err(error)) => return error,
+            }
+        }
     }
 
     /// Asks the giver to stop the devices: only of a save with MANUAL cutover. Cancel-safe.

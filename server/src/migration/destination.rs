@@ -38,7 +38,8 @@ use crate::operation::record::{HandoverRecord, JobRecord, PeerRecord};
 use crate::operation::{Asked, Cancel, Entry, Refused, Starter, Way, Work, hex, run, span};
 use crate::rpc::Refusal;
 
-/// A destination waits a little longer for the commit than its source does, so that it is the source that decides.
+/// A destination waits a little longer for the commit than its source does, so that it is the source that decides. Beside
+/// this there is the time that a source may need to hear that all is prepared.
 const SLACK: Duration = Duration::from_secs(10);
 
 /// What Admit brought.
@@ -176,9 +177,13 @@ impl Core {
         for (index, device) in manifest.devices.iter().enumerate() {
             entry.expects(index, admission::size(device.data_size));
         }
+        // Where the connection breaks under the news, the source may find out after the one and come back within the other.
+        // After that its stream is forgotten here, and it gives up.
+        let server = &self.config.server;
+        let news = server.stream_idle_timeout.saturating_add(server.stream_resume_window);
         let terms = RestoreTerms {
             after: AfterLoad::Hold,
-            hold_limit: spec.commit_timeout.saturating_add(SLACK),
+            hold_limit: spec.commit_timeout.saturating_add(SLACK).saturating_add(news),
             ready_limit: self.config.defaults.hold_timeout,
         };
         let span = span(self, &entry);

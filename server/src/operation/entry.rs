@@ -268,6 +268,11 @@ impl Entry {
         self.change(|view| view.deadline = view.deadline.map(|deadline| deadline.min(now.after(left))));
     }
 
+    /// Its hold has begun anew, and lasts until then.
+    pub(crate) fn held_until(&self, deadline: UnixMillis) {
+        self.change(|view| view.deadline = Some(deadline));
+    }
+
     /// Its devices are about to stop.
     pub(super) fn note_stopped(&self, at: UnixMillis, since: Option<Duration>) {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(Stopped { at, since });

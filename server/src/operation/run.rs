@@ -326,7 +326,8 @@ async fn arrive(
     caller: EntryCaller,
     source: WireSource,
 ) -> Result<RestoreReport, OperationError> {
-    let mut source = ArrivalSource::new(source, Arc::clone(&caller.entry));
+    let (core, entry) = (Arc::clone(&caller.core), Arc::clone(&caller.entry));
+    let mut source = ArrivalSource::new(source, core, entry, terms.hold_limit);
     let restored = operation::restore(lanes, terms, &caller, &mut source).await;
     if let Err(error) = &restored {
         source.give_up(&chain(error)).await;

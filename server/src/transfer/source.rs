@@ -146,6 +146,21 @@ impl WireSource {
         }
     }
 
+    /// Keeps the stream, over whatever connections there are, while all is taken and the giver is not to be told so yet.
+    /// Returns why that is over. Cancel-safe.
+    pub async fn linger(&mut self) -> TransferError {
+        loop {
+            let lasts = tokio::select! {
+                biased;
+                attached = relinked(self.comeback.as_ref()) => self.go_on(attached).await,
+                error = self.taker.linger() => self.wait_after(error).await,
+            };
+            if let Err(error) = lasts {
+                return error;
+            }
+        }
+    }
+
     /// Tells the giver that all is taken, once.
     async fn complete(&mut self) -> Result<(), BoxError> {
         if self.is_complete {

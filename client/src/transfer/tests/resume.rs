@@ -464,6 +464,33 @@ async fn an_ack_that_cannot_be_said_any_more_costs_no_frame() {
     assert_eq!((bytes, taker.taken_frames()), (4 * CHUNK_BYTES, 4));
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_taker_that_has_all_and_lingers_is_heard_and_hears() {
+    let (link, take) = cable(usize::MAX);
+    let (mut giver, mut asked) = resumable(link, terms());
+    let mut taker = Taker::new(take, terms());
+    for step in 0..FRAMES {
+        give(&mut giver, step).await.unwrap();
+        taker.next().await.unwrap();
+    }
+    let taking = async {
+        let lingering = tokio::time::timeout(10 * IDLE, taker.linger()).await;
+        assert!(lingering.is_err(), "{lingering:?}");
+        taker.complete().await.unwrap();
+    };
+    let (end, ()) = tokio::join!(giver.completed(), taking);
+    end.unwrap();
+    assert!(asked.try_recv().is_err(), "nobody dialed");
+
+    let (mut giver, mut taker) = pair();
+    for step in 0..FRAMES {
+        give(&mut giver, step).await.unwrap();
+        taker.next().await.unwrap();
+    }
+    let (error, ()) = tokio::join!(taker.linger(), giver.abort("had enough"));
+    assert!(matches!(error, TransferError::AbortedByPeer(_)), "{error}");
+}
+
 #[tokio::test]
 async fn whoever_has_no_taker_any_more_can_still_say_that_all_is_complete() {
     let (link, take) = cable(usize::MAX);

@@ -323,21 +323,25 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
 
     async fn await_resume(&mut self) -> Result<RestoreEvent, Noted> {
         let limit = self.terms.hold_limit;
-        let late = self.set.sleep(limit);
-        let (caller, source) = (self.caller, &mut *self.source);
-        let resumed = async {
-            source.held().await?;
-            caller.resume().await;
-            Ok(())
+        let told = match select(pin!(self.source.held()), self.set.sleep(limit)).await {
+            Either::Left((told, _)) => Some(told),
+            Either::Right(((), _)) => None,
         };
-        match select(pin!(resumed), late).await {
-            Either::Left((Ok(()), _)) => Ok(RestoreEvent::Resume),
-            Either::Left((Err(error), _)) => Err(self.set.fail(Cause::Other(error))),
-            Either::Right(((), _)) => {
-                self.set.unwound.blame(Cause::HoldExpired { limit });
-                Ok(RestoreEvent::HoldExpired)
-            }
+        // Whoever says Resume knows of the hold from then on, so it is as long as was agreed only if it begins then.
+        let resumed = match told {
+            Some(Ok(())) => select(self.caller.resume(), self.set.sleep(limit)).await,
+            Some(Err(error)) => return Err(self.set.fail(Cause::Other(error))),
+            None => return Ok(self.hold_expired()),
+        };
+        match resumed {
+            Either::Left(((), _)) => Ok(RestoreEvent::Resume),
+            Either::Right(((), _)) => Ok(self.hold_expired()),
         }
+    }
+
+    fn hold_expired(&mut self) -> RestoreEvent {
+        self.set.unwound.blame(Cause::HoldExpired { limit: self.terms.hold_limit });
+        RestoreEvent::HoldExpired
     }
 
     async fn await_ready(&mut self) -> Result<RestoreEvent, Noted> {

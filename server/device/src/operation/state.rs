@@ -95,7 +95,7 @@ pub trait StateSource: Send {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send;
 
     /// Everything is verified and loaded, and stays so until somebody says Resume, which can be long: whoever gives the
-    /// state has done its part.
+    /// state has done its part. The hold begins once this is over, which takes no longer than a hold may last.
     fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
         std::future::ready(Ok(()))
     }

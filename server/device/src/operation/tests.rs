@@ -3,6 +3,7 @@
 pub(super) mod answers;
 pub(super) mod crashes;
 pub(super) mod handover;
+mod hold;
 mod line;
 mod node;
 pub(super) mod script;

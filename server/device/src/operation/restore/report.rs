@@ -11,7 +11,8 @@ use crate::Seal;
 pub struct RestoreTerms {
     /// What the devices do once they are loaded.
     pub after: AfterLoad,
-    /// How long loaded devices wait for Resume. They are reset then.
+    /// How long loaded devices wait for Resume, from when whoever gave the state has been told; and how long that may take.
+    /// They are reset then.
     pub hold_limit: Duration,
     /// How long their owner has to be ready. They are reset then.
     pub ready_limit: Duration,
