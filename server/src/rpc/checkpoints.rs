@@ -17,10 +17,10 @@ use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointService;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::negotiate;
 
-use super::{Refusal, audit, caller, messages, open, own_entry, spec, stored, to_its_end};
+use super::{Refusal, audit, caller, messages, open, own_entry, say, spec, stored, to_its_end};
 use crate::core::Core;
 use crate::operation::record::{JobRecord, PeerRecord};
-use crate::operation::{Entry, Opener, Refused, Starter};
+use crate::operation::{Entry, Opener, Starter};
 use crate::security::authorize::Caller;
 use crate::security::peers::PeerInfo;
 use crate::security::roles::Role;
@@ -40,19 +40,6 @@ impl Checkpoints {
     /// Those of `core`.
     pub fn new(core: Arc<Core>) -> Self {
         Self { core }
-    }
-
-    /// Says something to an operation on behalf of its caller.
-    fn say(
-        &self,
-        caller: &Caller,
-        operation: &str,
-        say: impl FnOnce(&Entry) -> Result<(), Refused>,
-    ) -> Result<Arc<Entry>, Refusal> {
-        let name = operation_name("operation", operation)?;
-        let entry = own_entry(&self.core, &name, caller)?;
-        say(&entry).map_err(|refused| Refusal::Operation { operation: name, refused })?;
-        Ok(entry)
     }
 
     /// The role that an operation takes beside its being the caller's own: Resume and `StreamState` are for savers and
@@ -249,7 +236,7 @@ impl CheckpointService for Checkpoints {
         request: Request<v1::CutoverRequest>,
     ) -> Result<Response<v1::CutoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let said = self.say(&caller, &wire.operation, Entry::cutover);
+        let said = say(&self.core, &caller, &wire.operation, Entry::cutover);
         audit(&caller, "Cutover", &wire.operation, &said);
         Ok(Response::new(v1::CutoverResponse { operation: Some(messages::operation(&*said?)) }))
     }
@@ -300,7 +287,7 @@ impl CheckpointService for Checkpoints {
         let said = (|| {
             let name = operation_name("operation", &wire.operation)?;
             Self::fits(&caller, &*own_entry(&self.core, &name, &caller)?)?;
-            self.say(&caller, &wire.operation, Entry::resume)
+            say(&self.core, &caller, &wire.operation, Entry::resume)
         })();
         audit(&caller, "Resume", &wire.operation, &said);
         Ok(Response::new(v1::ResumeResponse { operation: Some(messages::operation(&*said?)) }))

@@ -1,19 +1,20 @@
 //! `MigrationService`.
+//!
+//! What a call decides has its audit line also where the caller hangs up before it hears how that ended: whoever waits for
+//! a device, or for a journal, may be gone by then.
 
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 use vfio_checkpoint_proto::digest::body_digest;
-use vfio_checkpoint_proto::domain::{
-    AdmitSpec, CommitHandoverSpec, MigrateSpec, PrepareSpec, ResolveSpec, operation_name, secret,
-};
+use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name, secret};
 use vfio_checkpoint_proto::ids::KeyHash;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
-use super::{Refusal, audit, messages, open, own_entry, spec, to_its_end};
+use super::{Refusal, audit, messages, open, say, spec, to_its_end};
 use crate::core::Core;
-use crate::operation::{Entry, Refused, Starter};
+use crate::operation::{Entry, Starter};
 use crate::security::authorize::Caller;
 use crate::security::roles::Role;
 use crate::telemetry;
@@ -30,17 +31,22 @@ impl Migrations {
         Self { core }
     }
 
-    /// Says something to an operation on behalf of its caller.
-    fn say(
+    /// Runs a change to its end, and writes the audit line of how it ended; none where nothing is decided.
+    async fn audited<T: Send + 'static>(
         &self,
         caller: &Caller,
-        operation: &str,
-        say: impl FnOnce(&Entry) -> Result<(), Refused>,
-    ) -> Result<Arc<Entry>, Refusal> {
-        let name = operation_name("operation", operation)?;
-        let entry = own_entry(&self.core, &name, caller)?;
-        say(&entry).map_err(|refused| Refusal::Operation { operation: name, refused })?;
-        Ok(entry)
+        line: Option<(&'static str, String)>,
+        change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let caller = caller.clone();
+        let change = async move {
+            let done = change.await;
+            if let Some((action, resource)) = line {
+                audit(&caller, action, &resource, &done);
+            }
+            done
+        };
+        to_its_end(&self.core.tasks, change).await
     }
 }
 
@@ -87,20 +93,15 @@ impl MigrationService for Migrations {
         request: Request<v1::MigrateRequest>,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
-        let validated = wire.validate_only;
-        let started = async {
+        let line = (!wire.validate_only).then(|| ("Migrate", wire.devices.join(",")));
+        let (core, by) = (Arc::clone(&self.core), caller.clone());
+        let starting = Box::pin(async move {
             let digest = body_digest(&wire);
             let spec: MigrateSpec = spec(wire)?;
-            let starter = super::checkpoints::starter(&caller, spec.save.request_id.clone(), digest);
-            let core = Arc::clone(&self.core);
-            to_its_end(&self.core.tasks, async move { core.start_migration(spec, starter).await }).await
-        }
-        .await;
-        if !validated {
-            audit(&caller, "Migrate", &resource, &started);
-        }
-        let started = started?;
+            let starter = super::checkpoints::starter(&by, spec.save.request_id.clone(), digest);
+            core.start_migration(spec, starter).await
+        });
+        let started = self.audited(&caller, line, starting).await?;
         Ok(Response::new(v1::MigrateResponse {
             operation: started.entry.as_deref().map(messages::operation),
             blockers: started.blockers.iter().map(messages::migration_blocker).collect(),
@@ -113,22 +114,21 @@ impl MigrationService for Migrations {
         request: Request<v1::CommitRequest>,
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let said = self.say(&caller, &wire.operation, Entry::commit);
+        let said = say(&self.core, &caller, &wire.operation, Entry::commit);
         audit(&caller, "Commit", &wire.operation, &said);
         Ok(Response::new(v1::CommitResponse { operation: Some(messages::operation(&*said?)) }))
     }
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::ReadyResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let said = async {
+        let line = Some(("Ready", wire.operation.clone()));
+        let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
+        let is_admin = caller.roles.contains(Role::Admin);
+        let said = self.audited(&caller, line, async move {
             let name = operation_name("operation", &wire.operation)?;
-            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-            let is_admin = caller.roles.contains(Role::Admin);
-            to_its_end(&self.core.tasks, async move { core.ready(&name, &by, is_admin).await }).await
-        }
-        .await;
-        audit(&caller, "Ready", &wire.operation, &said);
-        Ok(Response::new(v1::ReadyResponse { operation: Some(messages::operation(&*said?)) }))
+            core.ready(&name, &by, is_admin).await
+        });
+        Ok(Response::new(v1::ReadyResponse { operation: Some(messages::operation(&*said.await?)) }))
     }
 
     async fn resolve(
@@ -145,17 +145,10 @@ impl MigrationService for Migrations {
             wire.accept_loss,
             wire.statement.escape_default().take(1024).collect::<String>()
         );
-        let validated = wire.validate_only;
-        let resolved = async {
-            let spec: ResolveSpec = spec(wire)?;
-            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-            to_its_end(&self.core.tasks, async move { core.resolve(spec, by).await }).await
-        }
-        .await;
-        if !validated {
-            audit(&caller, "Resolve", &resource, &resolved);
-        }
-        let resolved = resolved?;
+        let line = (!wire.validate_only).then_some(("Resolve", resource));
+        let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
+        let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by).await });
+        let resolved = resolved.await?;
         let (destination, destination_error) = match resolved.destination {
             Ok(told) => (Some(told), String::new()),
             Err(error) => (None, error),
@@ -174,24 +167,18 @@ impl MigrationService for Migrations {
         request: Request<v1::PrepareRequest>,
     ) -> Result<Response<v1::PrepareResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
-        let validated = wire.validate_only;
-        let prepared = async {
+        let line = (!wire.validate_only).then(|| ("Prepare", wire.devices.join(",")));
+        let (core, key) = (Arc::clone(&self.core), key(&caller));
+        let starter = Starter {
+            caller: caller.identity.to_string(),
+            request: None,
+            trace_id: telemetry::current_trace_id(),
+        };
+        let prepared = self.audited(&caller, line, async move {
             let body = body_digest(&wire);
-            let spec: PrepareSpec = spec(wire)?;
-            let starter = Starter {
-                caller: caller.identity.to_string(),
-                request: None,
-                trace_id: telemetry::current_trace_id(),
-            };
-            let (core, key) = (Arc::clone(&self.core), key(&caller));
-            to_its_end(&self.core.tasks, async move { core.prepare(spec, body, starter, key).await }).await
-        }
-        .await;
-        if !validated {
-            audit(&caller, "Prepare", &resource, &prepared);
-        }
-        let prepared = prepared?;
+            core.prepare(spec(wire)?, body, starter, key).await
+        });
+        let prepared = prepared.await?;
         let entry = prepared.entry.as_deref();
         let secret =
             entry.and_then(|entry| entry.view().handover).and_then(|handover| handover.record.secret);
@@ -211,14 +198,11 @@ impl MigrationService for Migrations {
         request: Request<v1::CommitHandoverRequest>,
     ) -> Result<Response<v1::CommitHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.operation.clone();
-        let told = async {
-            let spec: CommitHandoverSpec = spec(wire)?;
-            self.core.commit_handover(spec, &caller.identity.to_string()).await
-        }
-        .await;
-        audit(&caller, "CommitHandover", &resource, &told);
-        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(messages::handover_record(&told?)) }))
+        let line = Some(("CommitHandover", wire.operation.clone()));
+        let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
+        let told = self.audited(&caller, line, async move { core.commit_handover(spec(wire)?, &by).await });
+        let told = told.await?;
+        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(messages::handover_record(&told)) }))
     }
 
     async fn abandon_handover(
@@ -243,15 +227,19 @@ impl MigrationService for Migrations {
         request: Request<v1::GetHandoverRequest>,
     ) -> Result<Response<v1::GetHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let told = async {
-            let name = operation_name("operation", &wire.operation)?;
-            if !wire.settled {
-                return self.core.handover(&name);
-            }
-            let secret = secret(&wire.secret)?;
-            self.core.settle_handover(&name, &caller.identity.to_string(), &secret).await
-        }
-        .await;
-        Ok(Response::new(v1::GetHandoverResponse { handover: Some(messages::handover_record(&told?)) }))
+        let told = if wire.settled {
+            let line = Some(("GetHandover settled", wire.operation.clone()));
+            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
+            let settled = self.audited(&caller, line, async move {
+                let name = operation_name("operation", &wire.operation)?;
+                core.settle_handover(&name, &by, &secret(&wire.secret)?).await
+            });
+            settled.await?
+        } else {
+            // Read, and nothing more.
+            let name = operation_name("operation", &wire.operation).map_err(Refusal::from)?;
+            self.core.handover(&name)?
+        };
+        Ok(Response::new(v1::GetHandoverResponse { handover: Some(messages::handover_record(&told)) }))
     }
 }

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tonic::{Code, Extensions, Request, Status};
 use tonic_types::StatusExt as _;
-use vfio_checkpoint_proto::domain::Invalid;
+use vfio_checkpoint_proto::domain::{Invalid, operation_name};
 use vfio_checkpoint_proto::ids::OperationName;
 use vfio_checkpoint_proto::v1::ErrorReason;
 
@@ -38,7 +38,7 @@ pub use status::Refusal;
 pub use unread::UnreadLayer;
 
 use crate::core::{Core, Tasks};
-use crate::operation::Entry;
+use crate::operation::{Entry, Refused};
 use crate::reason::error_info;
 use crate::security::audit::{self, AuditResult};
 use crate::security::authorize::Caller;
@@ -105,6 +105,19 @@ fn own_entry(core: &Core, name: &OperationName, caller: &Caller) -> Result<Arc<E
     } else {
         Err(Refusal::NotYours(name.clone()))
     }
+}
+
+/// Says something to an operation on behalf of its caller.
+fn say(
+    core: &Core,
+    caller: &Caller,
+    operation: &str,
+    say: impl FnOnce(&Entry) -> Result<(), Refused>,
+) -> Result<Arc<Entry>, Refusal> {
+    let name = operation_name("operation", operation)?;
+    let entry = own_entry(core, &name, caller)?;
+    say(&entry).map_err(|refused| Refusal::Operation { operation: name, refused })?;
+    Ok(entry)
 }
 
 /// One line for what the caller made of its authority.

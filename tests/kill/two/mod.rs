@@ -15,6 +15,7 @@
 //!   missing.rs  a device that its agent does not find, or not at once, when it is back
 //!   full.rs     a journal that takes nothing more
 //!   expiry.rs   a certificate that ends in mid-stream
+//!   audit.rs    who decided what, also where nobody hears how that ended
 //!   ready.rs    a destination that is killed while it waits for Ready
 //! ```
 //! The state that moves is [`Content::Own`] of the first device, and of the second; every device has the same content at
@@ -24,6 +25,7 @@
 //! # Invariants
 //! What [`settle`] asserts after each test and each kill.
 
+mod audit;
 mod doubt;
 mod expiry;
 mod full;
