@@ -193,6 +193,27 @@ impl Core {
         round_trip.unwrap_or_default() * 2 + self.journal.syncs().usual * 4
     }
 
+    /// What a destination is asked to take; without a ticket, whether it would.
+    fn prepare_request(
+        &self,
+        ticket: Option<&Ticket>,
+        manifest: &Manifest,
+        devices: Vec<String>,
+        commit_timeout: Duration,
+    ) -> v1::PrepareRequest {
+        let versions = self.config.server.stream_versions();
+        v1::PrepareRequest {
+            ticket: ticket.map(|ticket| bytes::Bytes::copy_from_slice(&ticket.0)).unwrap_or_default(),
+            source_operation: manifest.operation.to_string(),
+            manifest: Some(manifest.clone().into()),
+            devices,
+            min_version: versions.min().0,
+            max_version: versions.max().0,
+            validate_only: ticket.is_none(),
+            commit_timeout: prost_types::Duration::try_from(commit_timeout).ok(),
+        }
+    }
+
     /// Everything that is in the way at the destination, as it says itself.
     async fn ask_destination(
         &self,
@@ -205,16 +226,8 @@ impl Core {
             let begun = self.environment.executor.now();
             client.get_agent(v1::GetAgentRequest {}).await.map_err(PeerError::Call)?;
             let round_trip = self.environment.executor.now().saturating_sub(begun);
-            let request = v1::PrepareRequest {
-                ticket: bytes::Bytes::new(),
-                source_operation: manifest.operation.to_string(),
-                manifest: Some(manifest.clone().into()),
-                devices: spec.target.devices.iter().map(ToString::to_string).collect(),
-                min_version: self.config.server.stream_versions().min().0,
-                max_version: self.config.server.stream_versions().max().0,
-                validate_only: true,
-                commit_timeout: prost_types::Duration::try_from(commit_timeout).ok(),
-            };
+            let devices = spec.target.devices.iter().map(ToString::to_string).collect();
+            let request = self.prepare_request(None, manifest, devices, commit_timeout);
             let answer =
                 self.within(client, PREPARE_LIMIT).prepare(request).await.map_err(PeerError::Call)?;
             Ok::<_, PeerError>((round_trip, answer))
@@ -291,16 +304,8 @@ impl Departure {
         let peer =
             peer.ok_or_else(|| not_taken(PeerError::Answer("nobody is on record there".to_owned())))?;
         let client = core.dial_admitted(peer).await.map_err(not_taken)?;
-        let request = v1::PrepareRequest {
-            ticket: bytes::Bytes::copy_from_slice(&self.ticket.0),
-            source_operation: entry.fixed.name.to_string(),
-            manifest: Some(manifest.clone().into()),
-            devices: self.devices.clone(),
-            min_version: core.config.server.stream_versions().min().0,
-            max_version: core.config.server.stream_versions().max().0,
-            validate_only: false,
-            commit_timeout: prost_types::Duration::try_from(self.commit_timeout).ok(),
-        };
+        let (ticket, devices) = (Some(&self.ticket), self.devices.clone());
+        let request = core.prepare_request(ticket, manifest, devices, self.commit_timeout);
         let answer = core.within(client.clone(), PREPARE_LIMIT).prepare(request).await;
         let answer = answer.map_err(|error: CallError| not_taken(PeerError::Call(error)))?;
         let wrong = |problem: String| not_taken(PeerError::Answer(problem));
