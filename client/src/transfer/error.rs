@@ -84,6 +84,9 @@ pub enum Unresumed {
         #[source]
         last: OpenStreamError,
     },
+    /// It was resumed, and broke again without the taker having acknowledged anything new, until the window was over.
+    #[error("it broke again and again, and nothing new was acknowledged within {} ms", .0.as_millis())]
+    NoProgress(Duration),
     /// Whoever tried has died.
     #[error("whoever was to connect again is gone, which is a defect to report")]
     Died,

@@ -263,7 +263,7 @@ impl Giver {
             return Ok(Step::Heard);
         }
         if let Some(kept) = &mut self.kept {
-            self.flow.acked(kept.spool.acked(acked));
+            self.flow.acked(kept.acked(acked));
         }
         Ok(Step::Moved)
     }

@@ -11,6 +11,7 @@
 //! - The old link is kept until there is another. To let it go is to end the stream in good order, which a taker takes for
 //!   the last word.
 //! - What the taker expects next was handed to some link before.
+//! - From a break until the taker has acknowledged something new there is one window, however often there is a line again.
 //!
 //! Failure paths: [`TransferError`]; where a stream cannot be resumed, the error that broke it.
 
@@ -94,6 +95,8 @@ pub(super) struct Kept {
     fresh: u64,
     /// Not here while the line is down.
     redialer: Option<Redialer>,
+    /// Since when this link is there.
+    since: Instant,
 }
 
 impl Line {
@@ -123,7 +126,26 @@ impl Room {
 
 impl Kept {
     pub(super) fn new(spool: Spool, redialer: Redialer) -> Self {
-        Self { spool, resent: Resent::default(), next: 0, fresh: 0, redialer: Some(redialer) }
+        let (resent, since) = (Resent::default(), Instant::now());
+        Self { spool, resent, next: 0, fresh: 0, redialer: Some(redialer), since }
+    }
+
+    /// The taker has acknowledged what is before this frame, which is new; how many bytes of state that was.
+    pub(super) fn acked(&mut self, next_sequence: u64) -> u64 {
+        if let Some(redialer) = &mut self.redialer {
+            redialer.gets_on();
+        }
+        self.spool.acked(next_sequence)
+    }
+
+    /// Whoever dials now that the line is down.
+    fn redialer(&mut self) -> Option<Redialer> {
+        let mut redialer = self.redialer.take()?;
+        // With no state left there is nothing that an ack could come for. Then time tells that the line was well.
+        if !self.spool.has_state() && self.since.elapsed() >= redialer.window() {
+            redialer.gets_on();
+        }
+        Some(redialer)
     }
 
     /// Keeps the next frame, and sends it where there is a line. Its state is shared.
@@ -249,7 +271,7 @@ impl Giver {
     }
 
     fn go_down(&mut self, broke: TransferError) -> Result<Step, TransferError> {
-        let redialer = self.kept.as_mut().and_then(|kept| kept.redialer.take());
+        let redialer = self.kept.as_mut().and_then(Kept::redialer);
         let (Some(redialer), Some(old)) = (redialer, self.line.end()) else { return Err(broke) };
         let stream = self.terms.stream;
         tracing::warn!(%stream, acked = self.side.acked(), error = %broke, "the stream broke; it is dialed again");
@@ -279,9 +301,10 @@ impl Giver {
             return Err(TransferError::Protocol(error));
         }
         self.side.resume(next_sequence).map_err(TransferError::Protocol)?;
-        self.flow.acked(kept.spool.acked(next_sequence));
-        kept.next = next_sequence;
-        kept.redialer = Some(redialer);
+        (kept.next, kept.redialer, kept.since) = (next_sequence, Some(redialer), Instant::now());
+        if next_sequence > acked {
+            self.flow.acked(kept.acked(next_sequence));
+        }
         self.line = Line::up(link);
         self.flow.set_down(false);
         tracing::info!(stream = %stream_id, next_sequence, "the stream goes on");

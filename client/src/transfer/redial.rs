@@ -7,7 +7,9 @@
 //!              refused, or the window is over: the stream is lost
 //! ```
 //! Invariants: only what [`OpenStreamError::may_pass`] says may pass is tried again. One try takes no more than a part of
-//! the window, so that a connection that is stuck is not all that is tried.
+//! the window, so that a connection that is stuck is not all that is tried. A stream that is open again and breaks before its
+//! taker has acknowledged anything new is in the same window still, and the pauses go on: a taker could otherwise keep devices
+//! standing still for as long as it likes, and this side dialing without a pause.
 //!
 //! Failure paths: [`Unresumed`].
 
@@ -66,6 +68,14 @@ const SHORTEST_TRY: Duration = Duration::from_secs(1);
 pub(super) struct Redialer {
     redial: Box<dyn Redial>,
     window: Duration,
+    stall: Option<Stall>,
+}
+
+/// It broke, and nothing new was acknowledged since.
+struct Stall {
+    end: Instant,
+    /// Before the next try.
+    pause: Duration,
 }
 
 /// Tries that are under way. They end where this is dropped.
@@ -73,7 +83,17 @@ pub(super) struct Tries(JoinSet<(Redialer, Result<Dialed, Unresumed>)>);
 
 impl Redialer {
     pub(super) fn new(redial: Box<dyn Redial>, window: Duration) -> Self {
-        Self { redial, window }
+        Self { redial, window, stall: None }
+    }
+
+    /// How long it is tried.
+    pub(super) fn window(&self) -> Duration {
+        self.window
+    }
+
+    /// The stream gets on. Where it breaks after this there is a whole window again.
+    pub(super) fn gets_on(&mut self) {
+        self.stall = None;
     }
 
     /// Begins to dial, in a task of its own: whoever gives may have other things to do.
@@ -87,27 +107,40 @@ impl Redialer {
     }
 
     async fn dial(&mut self, stream: StreamId) -> Result<Dialed, Unresumed> {
-        let window = self.window;
-        let end = Instant::now() + window;
+        let (window, is_first) = (self.window, self.stall.is_none());
+        let begun = Instant::now();
+        let Stall { end, pause } = self.stall.get_or_insert(Stall { end: begun + window, pause: PAUSES.0 });
         let limit = (window / TRIES).max(SHORTEST_TRY);
-        let mut pause = PAUSES.0;
+        if !is_first {
+            // It was open, and that was no use: not at once again.
+            rest(pause, *end, stream).await.map_err(|_late| Unresumed::NoProgress(window))?;
+        }
         loop {
-            let now = Instant::now();
-            let error = match timeout_at(end.min(now + limit), self.redial.redial(stream)).await {
+            let error = match timeout_at((Instant::now() + limit).min(*end), self.redial.redial(stream)).await
+            {
                 Ok(Ok(dialed)) => return Ok(dialed),
                 Ok(Err(error)) if !error.may_pass() => return Err(Unresumed::Refused(error)),
                 Ok(Err(error)) => error,
                 Err(_) => OpenStreamError::Timeout(limit),
             };
             tracing::debug!(%stream, error = %error, "the stream is not resumed yet");
-            let next = Instant::now() + spread(pause, stream);
-            pause = (pause * 2).min(PAUSES.1);
-            if next >= end {
-                return Err(Unresumed::Window { window, last: error });
-            }
-            sleep(next - Instant::now()).await;
+            rest(pause, *end, stream).await.map_err(|_late| Unresumed::Window { window, last: error })?;
         }
     }
+}
+
+/// The window is over before the next try would begin.
+struct Late;
+
+/// Waits before the next try, and longer before the one after it.
+async fn rest(pause: &mut Duration, end: Instant, stream: StreamId) -> Result<(), Late> {
+    let next = Instant::now() + spread(*pause, stream);
+    *pause = (*pause * 2).min(PAUSES.1);
+    if next >= end {
+        return Err(Late);
+    }
+    sleep(next - Instant::now()).await;
+    Ok(())
 }
 
 /// Half of it to all of it, by the stream: streams that broke together do not come back together, and the same stream

@@ -9,6 +9,8 @@
 //! Invariants: a chunk is acknowledged only after its caller came back for the next, so an Ack never speaks of state that
 //! nobody took. Frames are verified once, whatever connections they come over. Failure paths: [`TransferError`]; after a refused frame everything is refused.
 
+use std::time::Duration;
+
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
@@ -21,10 +23,10 @@ use super::error::TransferError;
 use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
 
 /// How long a giver may take to end a stream of which it was told that it is complete.
-const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
+const GOODBYE: Duration = Duration::from_secs(2);
 
-/// The least time between two acks of a taker that waits.
-const SHORTEST_SILENCE: std::time::Duration = std::time::Duration::from_millis(10);
+/// The least time between two acks of a taker that waits, and the longest: its giver may be less patient than what was agreed.
+const SILENCE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(10));
 
 /// The half that takes state.
 pub struct Taker {
@@ -97,7 +99,7 @@ impl Taker {
     /// Keeps the stream while all is taken and somebody has yet to say that it may be told as complete: the giver hears in time
     /// that this side is still there. Returns why the stream is over. Cancel-safe.
     pub async fn linger(&mut self) -> TransferError {
-        let silence = (self.terms.limits.idle_timeout / 3).max(SHORTEST_SILENCE);
+        let silence = (self.terms.limits.idle_timeout / 3).clamp(SILENCE.0, SILENCE.1);
         loop {
             if let Err(error) = self.acknowledge().await {
                 return error;

@@ -1,5 +1,6 @@
 mod flow;
 mod resume;
+mod stall;
 
 use std::time::Duration;
 

@@ -98,7 +98,8 @@ pub struct ServerConfig {
     #[serde(with = "duration")]
     pub stream_lifetime: Duration,
     /// How long a restore waits for the giver of its state to come back whose connection broke. Its devices are loaded and
-    /// do not run meanwhile. At most 1 hour.
+    /// do not run meanwhile. And how long a migration tries to get on with its destination, from when the connection broke until
+    /// something new is acknowledged. At most 1 hour.
     #[serde(with = "duration")]
     pub stream_resume_window: Duration,
     /// How long the taker of a save may take to say that its checkpoint is durable, once it has all state. The devices

@@ -101,7 +101,10 @@ impl Attached {
     ) -> (Link, Terms) {
         let Self { link, terms, opener: _ } = self;
         let terms = match terms {
-            Agreement::Theirs(terms) => return (link, terms),
+            Agreement::Theirs(terms) => {
+                let limits = within(config, terms.limits);
+                return (link, Terms { limits, ..terms });
+            }
             Agreement::Ours { version, max_chunk_bytes, outgoing } => {
                 let opened = answer(config, half, version, max_chunk_bytes, stream, manifest);
                 let terms = Terms::of(&opened);
@@ -172,6 +175,15 @@ fn answer(
         ack_delay,
     };
     StreamOpened { version, stream_id, manifest, limits, next_sequence: 0 }
+}
+
+/// What a peer allows is its word. How long this agent waits for it, while devices may stand still, is this agent's own.
+fn within(config: &AgentConfig, theirs: StreamLimits) -> StreamLimits {
+    StreamLimits {
+        idle_timeout: theirs.idle_timeout.min(config.server.stream_idle_timeout),
+        lifetime: theirs.lifetime.min(config.server.stream_lifetime),
+        ..theirs
+    }
 }
 
 /// A failure of a stream that more than one has to hear of.
@@ -261,5 +273,28 @@ fn capture_from_wire(capture: &ConfigSpaceCapture) -> ConfigCapture {
             },
             vectors: armed.vectors,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_makes_this_agent_wait_no_longer_than_its_own_configuration() {
+        let config = AgentConfig::default();
+        let limits = |idle_timeout, lifetime| StreamLimits {
+            max_chunk_bytes: 1 << 16,
+            max_device_bytes: 1 << 20,
+            idle_timeout,
+            lifetime,
+            ack_interval_bytes: 1 << 20,
+            ack_delay: None,
+        };
+        let longest = limits(Duration::from_hours(24), StreamLimits::MAX_LIFETIME);
+        let own = limits(config.server.stream_idle_timeout, config.server.stream_lifetime);
+        assert_eq!(within(&config, longest), own);
+        let shortest = limits(Duration::from_millis(1), Duration::from_millis(2));
+        assert_eq!(within(&config, shortest), shortest);
     }
 }

@@ -114,6 +114,11 @@ impl Spool {
         Ok(())
     }
 
+    /// Whether there is state among what is kept.
+    pub(super) fn has_state(&self) -> bool {
+        self.frames.iter().any(|(_, state_bytes)| *state_bytes > 0)
+    }
+
     /// Bytes that are kept in memory.
     pub fn in_memory_bytes(&self) -> u64 {
         self.in_memory_bytes

@@ -17,9 +17,9 @@ use vfio_checkpoint_proto::ids::{Epoch, LogicalDeviceId};
 
 use super::*;
 
-const WINDOW: Duration = Duration::from_secs(20);
+pub(super) const WINDOW: Duration = Duration::from_secs(20);
 
-fn opened(next_sequence: u64) -> StreamOpened {
+pub(super) fn opened(next_sequence: u64) -> StreamOpened {
     let device = DeviceManifest {
         source_device: "devices/a".parse().unwrap(),
         source_address: "sim:".into(),
@@ -78,9 +78,9 @@ impl Redial for Desk {
     }
 }
 
-type Asked = mpsc::Receiver<oneshot::Sender<Result<Dialed, OpenStreamError>>>;
+pub(super) type Asked = mpsc::Receiver<oneshot::Sender<Result<Dialed, OpenStreamError>>>;
 
-fn resumable(link: Link, terms: Terms) -> (Giver, Asked) {
+pub(super) fn resumable(link: Link, terms: Terms) -> (Giver, Asked) {
     let spool = Spool::in_memory(Spool::least_memory_bytes(&terms.limits));
     let (desk, asked) = mpsc::channel(1);
     (Giver::new(link, terms).resumable(spool, Box::new(Desk(desk)), WINDOW).unwrap(), asked)

@@ -1,0 +1,83 @@
+//! Streams that are resumed, and whether they get on: how often, and for how long.
+
+use super::resume::{WINDOW, opened, resumable};
+use super::*;
+
+/// Whoever opens the stream again and again, and takes nothing, has one window and is not called without a pause.
+#[tokio::test(start_paused = true)]
+async fn a_taker_that_resumes_and_acknowledges_nothing_has_one_window() {
+    for cuts in [true, false] {
+        let (link, wire) = wire();
+        let (mut giver, mut asked) = resumable(link, terms());
+        let giving = async {
+            let mut step = 0;
+            loop {
+                if let Err(error) = giver.chunk(0, state(0, step % 10)).await {
+                    return error;
+                }
+                step += 1;
+            }
+        };
+        let mut wires = vec![wire];
+        let mut opened_at = Vec::new();
+        let begin = tokio::time::Instant::now();
+        let resuming = async {
+            if cuts {
+                wires[0].send.send(Err(LinkError::ended("cable"))).await.unwrap();
+            }
+            while let Some(answer) = asked.recv().await {
+                opened_at.push(begin.elapsed());
+                let (link, wire) = super::wire();
+                drop(answer.send(Ok(Dialed { opened: opened(0), link })));
+                if cuts {
+                    wire.send.send(Err(LinkError::ended("cable"))).await.unwrap();
+                }
+                // Otherwise it is not read, and seems to be well.
+                wires.push(wire);
+            }
+        };
+        let patience = 10 * (WINDOW + IDLE);
+        let both = async { tokio::join!(giving, resuming).0 };
+        let error = tokio::time::timeout(patience, both).await.expect("it ends");
+        assert!(
+            matches!(&error, TransferError::NotResumed { why: Unresumed::NoProgress(WINDOW), .. }),
+            "{error}"
+        );
+        let (first, last) = (opened_at[0], opened_at[opened_at.len() - 1]);
+        assert!(last <= first + WINDOW, "{opened_at:?}");
+        // With a silent one it takes the idle time to find out, before the first and after the last.
+        let most = if cuts { WINDOW } else { 2 * IDLE };
+        assert!(begin.elapsed() <= most, "{:?}", begin.elapsed());
+        assert!(opened_at.len() < 20, "{opened_at:?}");
+    }
+}
+
+/// What is acknowledged, or time in which there was nothing to be acknowledged, gives a stream its window again.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_gets_on_may_break_as_often_as_it_likes() {
+    for with_state in [true, false] {
+        let (link, mut at_taker) = wire();
+        let (mut giver, mut asked) = resumable(link, terms());
+        for step in 0..20_u64 {
+            if with_state {
+                giver.chunk(0, state(0, 0)).await.unwrap();
+                at_taker.receive.recv().await.unwrap();
+            }
+            let lasts = tokio::time::timeout(2 * WINDOW, giver.listen()).await;
+            assert!(lasts.is_err(), "{lasts:?}");
+            at_taker.send.send(Err(LinkError::ended("cable"))).await.unwrap();
+            let next_sequence = if with_state { step + 1 } else { 0 };
+            let answering = async {
+                let answer = asked.recv().await.unwrap();
+                let (link, wire) = wire();
+                drop(answer.send(Ok(Dialed { opened: opened(next_sequence), link })));
+                wire
+            };
+            let lasts = tokio::time::timeout(WINDOW / 2, async {
+                tokio::join!(giver.listen(), async { at_taker = answering.await }).0
+            });
+            let lasts = lasts.await;
+            assert!(lasts.is_err(), "{lasts:?}");
+        }
+    }
+}
