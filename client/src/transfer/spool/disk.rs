@@ -5,7 +5,8 @@
 //!   0 === next ...... first record ====== (unused) capacity  the next one begins at 0 where it would not fit
 //! ```
 //! Invariants: records are freed in the order in which they were placed, and none overlaps one that is not free. Room is
-//! used again, and goes back to the file system when the file is closed.
+//! used again, and goes back to the file system when the file is closed. The file grows only while the file system has
+//! [`KEEP_FREE_BYTES`] besides: whoever shares it, a journal for one, must be able to write in an outage, too.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -24,6 +25,10 @@ use vfio_checkpoint_proto::wire::{Assembly, Encoded, Sender, encode};
 
 use super::SpoolError;
 
+/// What the spools leave free of their file system. Each looks after each write of its own, so that many at once may come
+/// short of it by a chunk each.
+pub(super) const KEEP_FREE_BYTES: u64 = 512 << 20;
+
 /// Where a frame is in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Record {
@@ -36,22 +41,34 @@ pub(super) struct Disk {
     folder: PathBuf,
     file: Arc<File>,
     ring: Ring,
+    /// How long the file is.
+    grown_bytes: u64,
+    /// How much longer it may become, as far as is known.
+    room_bytes: u64,
     /// The write that is under way. Whoever waited for it may be gone; the next one comes after it, or the two could be
     /// of the same place.
-    writing: Option<JoinHandle<io::Result<()>>>,
+    writing: Option<JoinHandle<io::Result<u64>>>,
 }
 
 impl Disk {
     pub(super) async fn create(folder: PathBuf, capacity_bytes: u64) -> Result<Self, SpoolError> {
         let at = folder.clone();
-        match blocking(move || nameless(&at)).await {
-            Ok(file) => Ok(Self::of(folder, file, capacity_bytes)),
+        let made = blocking(move || nameless(&at).and_then(|file| Ok((room(&file)?, file))));
+        match made.await {
+            Ok((room_bytes, file)) => Ok(Self { room_bytes, ..Self::of(folder, file, capacity_bytes) }),
             Err(source) => Err(SpoolError::Folder { folder, source }),
         }
     }
 
     pub(super) fn of(folder: PathBuf, file: File, capacity_bytes: u64) -> Self {
-        Self { folder, file: Arc::new(file), ring: Ring::new(capacity_bytes), writing: None }
+        Self {
+            folder,
+            file: Arc::new(file),
+            ring: Ring::new(capacity_bytes),
+            grown_bytes: 0,
+            room_bytes: u64::MAX,
+            writing: None,
+        }
     }
 
     pub(super) fn used_bytes(&self) -> u64 {
@@ -59,13 +76,26 @@ impl Disk {
     }
 
     pub(super) fn fits(&self, bytes: u64) -> bool {
-        self.ring.next(bytes).is_some()
+        self.ring.next(bytes).is_some_and(|offset| self.growth(offset, bytes) <= self.room_bytes)
+    }
+
+    /// How much longer the file becomes by a record.
+    fn growth(&self, offset: u64, bytes: u64) -> u64 {
+        offset.saturating_add(bytes).saturating_sub(self.grown_bytes)
     }
 
     /// Makes a place for a message, if there is one.
     pub(super) fn place(&mut self, message: &StreamMessage) -> Option<Record> {
         let Encoded { head, state } = encode(message.clone());
-        self.ring.place((head.len() + state.len()) as u64)
+        let bytes = (head.len() + state.len()) as u64;
+        if !self.fits(bytes) {
+            return None;
+        }
+        let record = self.ring.place(bytes)?;
+        let growth = self.growth(record.offset, bytes);
+        self.grown_bytes += growth;
+        self.room_bytes = self.room_bytes.saturating_sub(growth);
+        Some(record)
     }
 
     pub(super) fn free_first(&mut self) {
@@ -78,7 +108,8 @@ impl Disk {
         self.writing = Some(spawn_blocking(move || {
             let Encoded { head, state } = encode(message);
             file.write_all_at(&head, record.offset)?;
-            file.write_all_at(&state, record.offset + head.len() as u64)
+            file.write_all_at(&state, record.offset + head.len() as u64)?;
+            room(&file)
         }));
         self.written().await
     }
@@ -87,7 +118,9 @@ impl Disk {
         let Some(writing) = &mut self.writing else { return Ok(()) };
         let written = writing.await.map_err(io::Error::other).flatten();
         self.writing = None;
-        written.map_err(|source| SpoolError::Write { folder: self.folder.clone(), source })
+        self.room_bytes =
+            written.map_err(|source| SpoolError::Write { folder: self.folder.clone(), source })?;
+        Ok(())
     }
 
     /// The frame that was written there, if it is the one of this number and whole.
@@ -113,6 +146,12 @@ impl Disk {
 /// Runs what may block on a thread for that.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     spawn_blocking(work).await.map_err(io::Error::other)?
+}
+
+/// What spools may take of the file system that a file is on.
+fn room(file: &File) -> io::Result<u64> {
+    let known = rustix::fs::fstatvfs(file)?;
+    Ok(known.f_bavail.saturating_mul(known.f_frsize).saturating_sub(KEEP_FREE_BYTES))
 }
 
 /// A file in `folder` that nobody else finds, and that is gone once it is closed.
@@ -187,6 +226,18 @@ mod tests {
             ring.records.pop_front();
         }
         assert_eq!(offset(&mut ring, 10), Some(0));
+    }
+
+    #[test]
+    fn a_file_does_not_grow_into_what_is_kept_free() {
+        let mut disk = Disk::of(PathBuf::new(), tempfile::tempfile().unwrap(), 1000);
+        disk.room_bytes = 100;
+        let record = disk.ring.place(60).unwrap();
+        (disk.grown_bytes, disk.room_bytes) = (60, 40);
+        assert!(disk.fits(40) && !disk.fits(41));
+        disk.free_first();
+        assert_eq!(record.offset, 0);
+        assert!(disk.fits(60) && disk.fits(100) && !disk.fits(101), "what it has it may use again");
     }
 
     #[test]
