@@ -177,15 +177,16 @@ impl Giver {
         Ok(found)
     }
 
-    /// Hears the taker while there is nothing to send, and returns why the stream is over. Silence is no error here,
-    /// but the taker has its own patience: send [`Giver::progress`] now and then. Cancel-safe.
+    /// Hears the taker while there is nothing to send, and returns why the stream is over. Silence is no error here, unless
+    /// an ack is owed, but the taker has its own patience: send [`Giver::progress`] now and then. Cancel-safe.
     pub async fn listen(&mut self) -> TransferError {
         loop {
             if self.side.phase() == Phase::Complete {
                 // Nothing more is to be heard: the taker, which has all, may be gone.
                 std::future::pending::<()>().await;
             }
-            if let Err(error) = self.step(Want::Word, None).await {
+            let overdue = self.ack_overdue();
+            if let Err(error) = self.step(Want::Word, overdue).await {
                 return error;
             }
         }

@@ -97,6 +97,8 @@ pub(super) struct Kept {
     redialer: Option<Redialer>,
     /// Since when this link is there.
     since: Instant,
+    /// Since when there is state that is not acknowledged, or when some was acknowledged last.
+    waits_since: Instant,
 }
 
 impl Line {
@@ -127,7 +129,7 @@ impl Room {
 impl Kept {
     pub(super) fn new(spool: Spool, redialer: Redialer) -> Self {
         let (resent, since) = (Resent::default(), Instant::now());
-        Self { spool, resent, next: 0, fresh: 0, redialer: Some(redialer), since }
+        Self { spool, resent, next: 0, fresh: 0, redialer: Some(redialer), since, waits_since: since }
     }
 
     /// The taker has acknowledged what is before this frame, which is new; how many bytes of state that was.
@@ -135,6 +137,7 @@ impl Kept {
         if let Some(redialer) = &mut self.redialer {
             redialer.gets_on();
         }
+        self.waits_since = Instant::now();
         self.spool.acked(next_sequence)
     }
 
@@ -155,6 +158,9 @@ impl Kept {
         message: StreamMessage,
         state_bytes: usize,
     ) -> Result<(), SpoolError> {
+        if !self.spool.has_state() {
+            self.waits_since = Instant::now();
+        }
         self.spool.keep(message.clone(), state_bytes);
         match room {
             Room::Link(permit) => self.hand(permit, message),
@@ -263,6 +269,13 @@ impl Giver {
                 Ok(Step::Heard)
             }
         }
+    }
+
+    /// When a taker that has promised to acknowledge in time has been silent for too long about state that it was sent. Its
+    /// connection may be dead without anybody saying so.
+    pub(super) fn ack_overdue(&self) -> Option<Instant> {
+        let kept = self.kept.as_ref().filter(|kept| kept.spool.has_state())?;
+        self.terms.limits.ack_delay.map(|_| self.clock.idle_after(kept.waits_since.max(kept.since)))
     }
 
     fn can_resume(&self, error: &TransferError) -> bool {

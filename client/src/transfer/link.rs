@@ -142,7 +142,12 @@ impl Clock {
 
     /// When the other side has been silent for too long, from now on.
     pub(super) fn idle_deadline(&self) -> Instant {
-        Instant::now() + self.idle
+        self.idle_after(Instant::now())
+    }
+
+    /// The same from another time on.
+    pub(super) fn idle_after(&self, since: Instant) -> Instant {
+        since + self.idle
     }
 
     /// The same, with a deadline that was taken before.

@@ -81,3 +81,39 @@ async fn a_stream_that_gets_on_may_break_as_often_as_it_likes() {
         }
     }
 }
+
+/// A connection may be dead without anybody saying so. A taker that has promised to acknowledge what nothing follows, and does
+/// not, is found out also while there is nothing to send.
+#[tokio::test(start_paused = true)]
+async fn state_that_is_never_acknowledged_is_found_out_while_nothing_is_sent() {
+    for ack_delay in [Some(Duration::from_millis(5)), None] {
+        let terms = Terms { limits: StreamLimits { ack_delay, ..terms().limits }, ..terms() };
+        let (link, mut wire) = wire();
+        let (mut giver, mut asked) = resumable(link, terms);
+        // With nothing under way silence is nothing unusual.
+        let lasts = tokio::time::timeout(3 * IDLE, giver.listen()).await;
+        assert!(lasts.is_err() && asked.try_recv().is_err(), "{lasts:?}");
+        giver.chunk(0, state(0, 0)).await.unwrap();
+        wire.receive.recv().await.unwrap();
+        let begin = tokio::time::Instant::now();
+        let found = loop {
+            // Whoever gives has other things to do now and then, and says how far it is.
+            let listening = tokio::time::timeout(IDLE / 3, giver.listen());
+            let asked = tokio::select! {
+                asked = asked.recv() => asked.is_some(),
+                lasts = listening => {
+                    assert!(lasts.is_err(), "{lasts:?}");
+                    false
+                }
+            };
+            if asked || begin.elapsed() > 5 * IDLE {
+                break asked.then(|| begin.elapsed());
+            }
+            giver.progress(progress()).await.unwrap();
+            if let Ok(message) = wire.receive.try_recv() {
+                drop(message);
+            }
+        };
+        assert_eq!(found, ack_delay.map(|_| IDLE));
+    }
+}
