@@ -239,8 +239,8 @@ pub struct OperationLimits {
     /// What one migration keeps in memory of what its destination has not acknowledged, in bytes: where the connection
     /// breaks it is sent again. 12582912 to 1073741824.
     pub spool_memory_bytes: u64,
-    /// What one migration keeps on disk beyond that, in `node.state_dir`, in bytes, while the connection is down. Once both
-    /// are full its devices are not read until it is back. 0 for nothing.
+    /// What one migration keeps on disk beyond that, in `node.state_dir`, in bytes, while the connection is down: as long as
+    /// 512 MiB are free besides. Once both are full its devices are not read until it is back. 0 for nothing.
     pub spool_disk_bytes: u64,
     /// A device call that takes longer puts its device out of service.
     #[serde(with = "duration")]

@@ -16,7 +16,7 @@
 //!
 //! # Invariants
 //! - A ticket is used once, by the key that it was made for, for the logical devices and devices that it was made for. It is
-//!   shown, and what it is for goes, to the key that it came from: see [`peer`].
+//!   shown, and what it is for goes, to the key that it came from: see `peer`.
 //! - `CommitHandover` is sent only with Committing on record; it is answered only with its end on record.
 //! - Who cannot prove that it prepared a hand-over decides nothing about it.
 //!
