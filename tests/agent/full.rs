@@ -28,7 +28,7 @@ use crate::flow::{Bench, device, done, failure, refused, save_of, soon, start_sa
 use crate::lab::{Lab, start};
 
 /// Says to this test program that it has a disk of its own, and where.
-const DISK: &str = "AGENT_TEST_DISK";
+pub(crate) const DISK: &str = "AGENT_TEST_DISK";
 const MIB: u64 = 1 << 20;
 /// What the store keeps for the time when its disk is full.
 const BALLAST_BYTES: u64 = 16 * MIB;
@@ -54,15 +54,22 @@ fn unshared(folder: &Path) -> Option<Command> {
 
 #[test]
 fn a_store_on_a_full_disk_says_so_and_can_be_freed() {
+    on_a_disk("full::on_a_disk_of_its_own");
+}
+
+/// Runs a test of this program where a disk is its own.
+#[allow(clippy::print_stdout, reason = "what it says is the test's")]
+pub(crate) fn on_a_disk(test: &str) {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut command) = unshared(folder.path()) else {
         println!("skipped: nobody may mount a disk of their own here (no root, and no user namespaces)");
         return;
     };
     command.arg(env::current_exe().unwrap());
-    command.args(["--exact", "full::on_a_disk_of_its_own", "--nocapture"]);
+    command.args(["--exact", test, "--nocapture"]);
     let ended = command.output().unwrap();
     let said = String::from_utf8_lossy(&ended.stdout);
+    said.lines().filter(|line| line.starts_with("figures:")).for_each(|line| println!("{line}"));
     assert!(
         ended.status.success() && said.contains("1 passed"),
         "{said}\n{}",
@@ -70,8 +77,8 @@ fn a_store_on_a_full_disk_says_so_and_can_be_freed() {
     );
 }
 
-/// The disk of the store.
-struct Disk(PathBuf);
+/// The disk.
+pub(crate) struct Disk(pub(crate) PathBuf);
 
 impl Disk {
     fn free_bytes(&self) -> u64 {
@@ -87,7 +94,7 @@ impl Disk {
     }
 
     /// Takes the last byte.
-    fn fill(&self) {
+    pub(crate) fn fill(&self) {
         let mut filler = OpenOptions::new().append(true).create(true).open(self.0.join("filler")).unwrap();
         while filler.write_all(&[1; 4096]).is_ok() {}
         assert_eq!(filler.write_all(&[1]).unwrap_err().kind(), ErrorKind::StorageFull);
@@ -103,7 +110,7 @@ impl Disk {
         }
     }
 
-    fn free(&self) {
+    pub(crate) fn free(&self) {
         let _ = fs::remove_file(self.0.join("filler"));
         let _ = fs::remove_dir_all(self.0.join("fillers"));
     }

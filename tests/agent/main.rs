@@ -24,6 +24,7 @@ mod ending;
 mod faulty;
 mod flow;
 mod full;
+mod full_journal;
 mod handed_over;
 mod idempotency;
 mod journal;
