@@ -273,6 +273,11 @@ impl Pair {
         let operation = self.recorded(&client, job).await.expect("it was begun");
         let ended = done(&client, &operation.name).await.unwrap();
         assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}\n{}", self.log());
+        let peer = &ended.handover.as_ref().unwrap().peer_operation;
+        let there = self.nodes[self.away()].client().await;
+        let arrival = there.get_operation(v1::GetOperationRequest { name: peer.clone() }).await.unwrap();
+        let arrival = arrival.operation.unwrap();
+        assert!(!ended.trace_id.is_empty() && arrival.trace_id == ended.trace_id, "two traces: {arrival:?}");
         self.home = self.away();
         self.lives = self.living().await;
         ended
