@@ -118,10 +118,11 @@ async fn a_destination_that_stands_still_before_its_set_goes_on_alone() {
     figure("1 destination that stood still between its record and the SET: it went on, alone");
 }
 
-/// The destination waits ten seconds longer than the source might.
+/// The destination waits longer than the source might: by ten seconds, and by what the news of Prepared may take.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_stands_still_until_it_was_refused_runs_on() {
-    let mut pair = Pair::new(1, true).await;
+    let news = ["server.stream_idle_timeout = \"3s\"", "server.stream_resume_window = \"1s\""];
+    let mut pair = Pair::configured(1, true, &news).await;
     let job = Move::new(false).by_hand_within(4);
     let home = stopped_at(&mut pair, true, "commit is sent", &job).await;
     pair.nodes[home].signal_agent(Signal::STOP);
