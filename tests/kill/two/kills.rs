@@ -434,6 +434,26 @@ async fn a_holder_is_killed_alone_at_every_record() {
     ));
 }
 
+/// A device of the destination does not leave RESUMING, and the agent is killed while it takes the others back.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_destination_is_killed_while_it_reverts() {
+    let mut pair = Pair::new(2, true).await;
+    let points =
+        ["before commit of REVERTING", "after commit of REVERTING", "read back", "before commit of ENDED"];
+    for point in points {
+        eprintln!("killed at {point}");
+        let (away, job) = (pair.away(), Move::new(false));
+        pair.watch.refuse(&format!("{}/1", super::NAMES[away]), "RUNNING_P2P");
+        pair.killed(&job, At::Destination(point), Victim::Destination, false).await;
+        pair.start_again(Victim::Destination).await;
+        // What was not on record as taken back goes on, and this time no device refuses.
+        let after = if point == "before commit of REVERTING" { After::Moves } else { After::Stays };
+        pair.settle(&job, after).await;
+        pair.moves(&Move::new(false)).await;
+    }
+    figure(&format!("migration of 2: the destination killed at {} steps of its way back", points.len()));
+}
+
 /// One side is killed, and once more while it takes up what it finds.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_is_killed_and_once_more_while_it_recovers() {

@@ -22,7 +22,7 @@ use crate::core::Core;
 use crate::journal::{Change, DeviceRecord, Owed, PastRecord};
 use crate::operation::entry::Entry;
 use crate::operation::record::{
-    EndOutcome, EndRecord, EndResult, JobRecord, OperationDeviceRecord, RecordedStep,
+    EndOutcome, EndRecord, EndResult, JobRecord, OperationDeviceRecord, RecordedStep, VerdictRecord,
 };
 use crate::registry::opening::new_logical;
 use crate::registry::{Lease, Slot, Standing};
@@ -62,6 +62,22 @@ impl End {
             let stuck = names.filter(|name| slot_of(lease, name).is_none_or(|slot| !reset(slot)));
             self.quarantined = stuck.cloned().collect();
         }
+    }
+
+    /// What was on record to run here and was refused never did: it is at its source, under the epoch before, from where it may
+    /// come again.
+    fn after_refusal(entry: &Entry, device: &OperationDeviceRecord, record: DeviceRecord) -> DeviceRecord {
+        let verdict = entry.view().handover.and_then(|known| known.record.verdict);
+        let noted = |past: &PastRecord| past.logical == device.logical && past.epoch == device.epoch;
+        let is_refused = matches!(entry.fixed.job, JobRecord::Arrive { .. })
+            && verdict == Some(VerdictRecord::Refused)
+            && record.past.iter().any(noted);
+        if !is_refused {
+            return record;
+        }
+        let epoch = Epoch(device.epoch.0.saturating_sub(1));
+        let logical = device.logical.clone();
+        record.with_past(PastRecord { logical, epoch, runs_nowhere: false, handed_over: true })
     }
 
     /// What became of a device's record where the state that it had is let go of.
@@ -180,7 +196,8 @@ impl End {
                 EndOutcome::Moved | EndOutcome::StateLost if self.let_go => {
                     Self::after_hand_over(entry, index, record)
                 }
-                EndOutcome::Moved | EndOutcome::Preserved | EndOutcome::StateLost => record,
+                EndOutcome::StateLost => Self::after_refusal(entry, device, record),
+                EndOutcome::Moved | EndOutcome::Preserved => record,
             };
             if record != before {
                 changes.push(Change::Device(name.clone(), record));
