@@ -2,9 +2,9 @@
 //!
 //! # Invariants
 //! - A step is on record before the command is executed that comes with it.
-//! - Of a migration, asserted where it is recorded: the source lets go only of what it was told to be elsewhere, and nothing
-//!   runs under an epoch that is older than one that was seen here. An agent that would is stopped in its step, and its
-//!   devices stay as they are.
+//! - Looked at where it is recorded: nothing runs under an epoch that is older than one that was seen here; it is reset. And
+//!   of a migration, as an assertion: the source lets go only of what it was told to be elsewhere. An agent that would is
+//!   stopped in its step, and its devices stay as they are.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use futures_util::future::{BoxFuture, ready};
 use vfio_checkpoint_device::operation::{BoxError, Caller, OperationStep, Progress};
 use vfio_checkpoint_fsm::handover::{ArrivalStep, OfferStep};
 use vfio_checkpoint_fsm::{RestoreState, SaveState, Validity};
+use vfio_checkpoint_proto::ids::{Epoch, LogicalDeviceId};
 
 use super::entry::{Entry, Phase};
 use super::record::{JobRecord, OperationDeviceRecord, RecordedStep, VerdictRecord};
@@ -40,6 +41,13 @@ pub(super) struct EntryCaller {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct TakenBack(String);
+
+/// What is to run is older than what was seen here.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "logical device {0} is not run in epoch {1}: this agent has seen a newer one of it since this was admitted"
+)]
+struct StaleEpoch(LogicalDeviceId, Epoch);
 
 impl Caller for EntryCaller {
     fn cutover(&self) -> BoxFuture<'_, ()> {
@@ -376,8 +384,9 @@ impl EntryCaller {
         assert!(told, "{} would let go of what nobody said to run elsewhere", self.entry.fixed.name);
     }
 
-    /// Nothing runs under an epoch that is older than one that this agent has seen.
-    fn assert_newest(&self) {
+    /// Nothing runs under an epoch that is older than one that this agent has seen: what came in between, an administrator's
+    /// word for one, ends this.
+    fn check_newest(&self) -> Result<(), BoxError> {
         let records: Vec<_> = self.core.registry.all().filter_map(|slot| slot.view().record).collect();
         for device in &self.entry.fixed.devices {
             let newer = records.iter().any(|record| {
@@ -385,12 +394,15 @@ impl EntryCaller {
                 let past = record.past.iter().map(|past| (&past.logical, past.epoch));
                 lives.chain(past).any(|(logical, epoch)| *logical == device.logical && epoch > device.epoch)
             });
-            assert!(!newer, "{} would run {} under an old epoch", self.entry.fixed.name, device.logical);
+            if newer {
+                return Err(StaleEpoch(device.logical.clone(), device.epoch).into());
+            }
         }
+        Ok(())
     }
 
     async fn record_running(&self) -> Result<(), BoxError> {
-        self.assert_newest();
+        self.check_newest()?;
         let changes = self.devices(|device, before| {
             let (logical, epoch) = (device.logical.clone(), device.epoch);
             self.core.back_to_life(DeviceRecord { logical, epoch, ..before })
