@@ -10,7 +10,8 @@
 //! Invariants: a stream of messages ends with the first error. State is not copied, unless it is short.
 //!
 //! Failure paths: a status of the peer; a message that is none ([`WireError`]: `OUT_OF_RANGE` where it is too long,
-//! `INVALID_ARGUMENT` from a caller, `INTERNAL` from an agent); a connection that breaks.
+//! `INVALID_ARGUMENT` from a caller, `INTERNAL` from an agent); a connection that breaks, which is told from an end in good
+//! order by what HTTP/2 knows of the stream, not by whether there is an error.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -187,6 +188,10 @@ impl Incoming {
                     Ok(())
                 }
                 Some(Err(status)) => Err(status),
+                // Hyper tells so of a connection that it gives up for want of an answer to its pings, too.
+                None if !self.body.is_end_stream() => {
+                    Err(Status::unavailable("the connection ended before the messages did"))
+                }
                 None => self.assembly.finish().map_err(|error| self.refused(&error)),
             };
             return Poll::Ready(ended.err().map(Err));

@@ -1,3 +1,4 @@
+mod body;
 mod flow;
 mod resume;
 mod stall;
