@@ -10,7 +10,6 @@ use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -26,6 +25,7 @@ use vfio_checkpoint_store::{Ambient, Limits, Location, Store};
 
 use crate::flow::{Bench, device, done, failure, refused, save_of, soon, start_save, violations};
 use crate::lab::{Lab, start};
+use crate::unshared::{one_test, unshared};
 
 /// Says to this test program that it has a disk of its own, and where.
 pub(crate) const DISK: &str = "AGENT_TEST_DISK";
@@ -34,23 +34,6 @@ const MIB: u64 = 1 << 20;
 const BALLAST_BYTES: u64 = 16 * MIB;
 /// What the store leaves free.
 const KEPT_FREE_BYTES: u64 = 2 * MIB;
-
-/// How this machine lets a process have mounts of its own, if it does.
-fn unshared(folder: &Path) -> Option<Command> {
-    let ways: [&[&str]; 2] = [&["--mount"], &["--user", "--map-root-user", "--mount"]];
-    ways.into_iter().find_map(|way| {
-        let with = |script: &str| {
-            let mut command = Command::new("unshare");
-            command.args(way).args(["sh", "-c", script, "sh"]);
-            command.env(DISK, folder).stdin(Stdio::null());
-            command
-        };
-        // Few files, so that they can be used up as well.
-        let mount = r#"mount -t tmpfs -o size=64m,nr_inodes=4096,mode=700 tmpfs "$AGENT_TEST_DISK""#;
-        let tried = with(mount).stdout(Stdio::null()).stderr(Stdio::null()).status();
-        tried.is_ok_and(|status| status.success()).then(|| with(&format!(r#"{mount} && exec "$@""#)))
-    })
-}
 
 #[test]
 fn a_store_on_a_full_disk_says_so_and_can_be_freed() {
@@ -61,20 +44,14 @@ fn a_store_on_a_full_disk_says_so_and_can_be_freed() {
 #[allow(clippy::print_stdout, reason = "what it says is the test's")]
 pub(crate) fn on_a_disk(test: &str) {
     let folder = tempfile::tempdir().unwrap();
-    let Some(mut command) = unshared(folder.path()) else {
-        println!("skipped: nobody may mount a disk of their own here (no root, and no user namespaces)");
-        return;
-    };
-    command.arg(env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture"]);
-    let ended = command.output().unwrap();
-    let said = String::from_utf8_lossy(&ended.stdout);
-    said.lines().filter(|line| line.starts_with("figures:")).for_each(|line| println!("{line}"));
-    assert!(
-        ended.status.success() && said.contains("1 passed"),
-        "{said}\n{}",
-        String::from_utf8_lossy(&ended.stderr)
-    );
+    // Few files, so that they can be used up as well.
+    let mount = r#"mount -t tmpfs -o size=64m,nr_inodes=4096,mode=700 tmpfs "$AGENT_TEST_DISK""#;
+    match unshared("--mount", mount, (DISK, folder.path().as_os_str())) {
+        Some(there) => one_test(there, test),
+        None => {
+            println!("skipped: nobody may mount a disk of their own here (no root, and no user namespaces)");
+        }
+    }
 }
 
 /// The disk.

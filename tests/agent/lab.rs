@@ -22,6 +22,10 @@ use vfio_checkpoint_server::serve::Agent;
 /// Nothing that a test waits for takes longer, unless it never comes.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Where agents of tests are: on loopback, or at either end of a link between two network namespaces.
+const ADDRESSES: [Ipv4Addr; 3] =
+    [Ipv4Addr::LOCALHOST, Ipv4Addr::new(192, 168, 77, 1), Ipv4Addr::new(192, 168, 77, 2)];
+
 /// An authority, and what it has issued for one test.
 pub(crate) struct Lab {
     pub(crate) ca: LabCa,
@@ -76,8 +80,7 @@ impl Lab {
         let folder = self.folder.path().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         let identity = Identity::Spiffe(identity.parse().unwrap());
-        let issued =
-            self.ca.issue(&identity, &["localhost"], &[IpAddr::V4(Ipv4Addr::LOCALHOST)], validity).unwrap();
+        let issued = self.ca.issue(&identity, &["localhost"], &ADDRESSES.map(IpAddr::V4), validity).unwrap();
         issued.write(&folder, &self.ca.pem()).unwrap()
     }
 

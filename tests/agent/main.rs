@@ -50,3 +50,4 @@ mod stored;
 mod streams;
 mod told;
 mod unrecorded;
+mod unshared;

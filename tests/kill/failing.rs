@@ -11,12 +11,13 @@ use vfio_checkpoint_device::{Inline, Threads};
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
+use crate::children::this_program;
 use crate::every::check;
 use crate::figure;
 use crate::job::{Job, Kind, done};
 use crate::process::Process;
 use crate::steps::Found;
-use crate::world::{Content, MEMORY, World, this_program};
+use crate::world::{Content, MEMORY, World};
 
 /// Says to this test program that it is a device process, and where its socket is.
 const DEVICE: &str = "KILL_TEST_DEVICE";

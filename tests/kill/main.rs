@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   process.rs   a process that ends with its value, and what it says
+//!   children.rs  this program as an agent or a holder
 //!   world.rs     device processes, the holder, the agent; a client; states that can be told apart
 //!   job.rs       an operation from its first call to its end, as a caller drives it
 //!   steps.rs     the steps of every job, each with what must be found after a kill there
@@ -32,6 +33,7 @@
     reason = "a test: the helpers outside #[test] functions assert by panicking, too, and say where they were"
 )]
 
+mod children;
 mod every;
 mod failing;
 #[path = "../agent/faulty.rs"]
@@ -50,6 +52,8 @@ mod resets;
 mod steps;
 mod stored;
 mod two;
+#[path = "../agent/unshared.rs"]
+mod unshared;
 mod world;
 
 use std::io::Write as _;

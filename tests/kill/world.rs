@@ -8,11 +8,10 @@
 //! A device carries one of three contents: [`Content::Fresh`], as at power-on and after a reset; [`Content::Own`], what
 //! it carries when a job begins; [`Content::Other`], what a restore brings. Each has its own seal.
 
-use std::env;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use std::sync::Arc;
 
 use rustix::process::Signal;
@@ -23,21 +22,15 @@ use vfio_checkpoint_device::{Call, DeviceAddress, MigrationDevice as _, Read as 
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::config::AgentConfig;
-use vfio_checkpoint_server::environment::Environment;
-use vfio_checkpoint_server::holder::{self, HolderOptions};
 use vfio_checkpoint_server::security::lab::Validity;
 use vfio_checkpoint_server::serve::Agent;
-use vfio_checkpoint_server::{failpoint, telemetry};
 
+use crate::children;
 use crate::job::{Job, Saved};
 use crate::lab::Lab;
 use crate::process::{Process, program};
+use crate::two::namespaces::Far;
 use crate::two::watch;
-
-/// Says to this test program that it is an agent, and where its configuration is.
-const AGENT: &str = "KILL_TEST_AGENT";
-/// Says to this test program that it is a holder, and where its socket is.
-const HOLDER: &str = "KILL_TEST_HOLDER";
 
 /// Several chunks, and quick to move.
 pub(crate) const MEMORY: &str = "memory=256KiB";
@@ -60,6 +53,8 @@ pub(crate) struct World {
     /// Whether the agent and the holder are the programs, and not this test program.
     programs: bool,
     config: PathBuf,
+    /// Where the agent is on its network, if it is not on loopback here.
+    far: Option<Arc<Far>>,
     devices: Vec<Process>,
     holder: Option<Process>,
     agent: Option<Process>,
@@ -113,6 +108,7 @@ impl World {
             told,
             programs,
             config: lab.path(&format!("{name}.toml")),
+            far: None,
             devices: Vec::new(),
             holder: None,
             agent: None,
@@ -189,6 +185,15 @@ impl World {
         config
     }
 
+    /// The next agent listens there, and is on the network of the far end of a link where one is given.
+    pub(crate) fn listen(&mut self, address: SocketAddr, far: Option<&Arc<Far>>) {
+        let config = fs::read_to_string(&self.config).unwrap();
+        let there = config.replace("127.0.0.1:0", &address.to_string());
+        assert_ne!(there, config);
+        fs::write(&self.config, there).unwrap();
+        self.far = far.cloned();
+    }
+
     pub(crate) fn restore_config(&self, config: &str) {
         fs::write(&self.config, config).unwrap();
     }
@@ -213,9 +218,7 @@ impl World {
             command.arg("hold").arg("--socket").arg(self.holder_socket());
             command
         } else {
-            let mut command = this_program("world::a_holder_that_will_be_killed");
-            command.env(HOLDER, self.holder_socket());
-            command
+            children::holder(&self.holder_socket())
         };
         let mut holder = Process::start("holder", &mut command);
         holder.wait_for("holding", |line| line.contains("holding ").then_some(())).await;
@@ -248,10 +251,11 @@ impl World {
             command.arg("serve").arg("--config").arg(&self.config);
             command
         } else {
-            let mut command = this_program("world::an_agent_that_will_be_killed");
-            command.env(AGENT, &self.config).env("FAILPOINTS", failpoints);
-            command
+            children::agent(&self.config, failpoints)
         };
+        if let Some(far) = &self.far {
+            command = far.there(&command);
+        }
         self.agent = Some(Process::start("agent", &mut command));
     }
 
@@ -458,65 +462,4 @@ fn toml(config: &AgentConfig) -> String {
         format!("[[devices]]\nname = {}\naddress = {}", quoted(&device.name), quoted(&device.address))
     }));
     lines.join("\n")
-}
-
-/// This test program, as one of its own tests.
-pub(crate) fn this_program(test: &str) -> Command {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", test, "--nocapture"]).env_remove(AGENT).env_remove(HOLDER);
-    command
-}
-
-/// Does what is said on standard input, and ends with whoever says it. What is to fail is in `folder`.
-fn listen(folder: &Path) {
-    let mut failing = Vec::new();
-    for line in std::io::stdin().lines().map_while(Result::ok) {
-        match line.split_once(' ').map(|(word, rest)| (word, rest.split_once(' '))) {
-            Some(("arm", Some((times, point)))) => {
-                failpoint::arm(point, times.parse().unwrap());
-                eprintln!("armed");
-            }
-            Some(("fail", Some((pass, point)))) => {
-                failing.push(failpoint::fail(folder, point, pass.parse().unwrap()));
-                eprintln!("fails");
-            }
-            Some(("mend", _)) => {
-                failing.clear();
-                eprintln!("mended");
-            }
-            Some(_) | None => failpoint::release(),
-        }
-    }
-    std::process::exit(1);
-}
-
-/// An agent, until it is killed. Run by the other tests, in a process of its own; by itself it has nothing to do.
-#[test]
-fn an_agent_that_will_be_killed() -> ExitCode {
-    let Some(path) = env::var_os(AGENT) else { return ExitCode::SUCCESS };
-    let config = AgentConfig::load(Some(Path::new(&path)), json!({})).unwrap();
-    telemetry::begin(&config.telemetry).unwrap();
-    let folder = config.node.state_dir.clone();
-    std::thread::spawn(move || listen(&folder));
-    // What is stopped blocks its thread, and the rest must go on.
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(4).enable_all().build().unwrap();
-    runtime.block_on(async {
-        match Agent::start(config, Environment::production()).await {
-            Ok(_agent) => std::future::pending().await,
-            Err(error) => {
-                eprintln!("does not begin: {error}");
-                ExitCode::FAILURE
-            }
-        }
-    })
-}
-
-/// A holder, until it is killed. Run by the other tests, in a process of its own; by itself it has nothing to do.
-#[test]
-fn a_holder_that_will_be_killed() {
-    let Some(socket) = env::var_os(HOLDER) else { return };
-    telemetry::begin(&AgentConfig::default().telemetry).unwrap();
-    std::thread::spawn(|| listen(Path::new("")));
-    let options = HolderOptions { socket: socket.into(), max_devices: 16 };
-    holder::run(options).unwrap();
 }

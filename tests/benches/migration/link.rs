@@ -9,16 +9,18 @@
 
 use std::env;
 use std::io::Write as _;
-use std::net::{SocketAddr, TcpStream};
-use std::process::{Command, Stdio};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::Command;
 
 use crate::child::Child;
+use crate::namespaces::{FAR, Far, PREPARE, Rate};
 use crate::relay::Relay;
+use crate::unshared::unshared;
 
 /// Says to this program that it is in a namespace of its own.
 const INSIDE: &str = "MIGRATION_BENCH_NAMESPACE";
-const NEAR: &str = "192.168.77.1/30";
-const FAR: &str = "192.168.77.2";
+/// So much passes at once.
+const BURST_BYTES: u64 = 256 << 10;
 /// What the document calls the two ways.
 const NAMESPACES: &str = "namespaces";
 const RELAY: &str = "relay";
@@ -26,24 +28,11 @@ const RELAY: &str = "relay";
 /// Runs this program again in a network namespace of its own, where the machine lets it have one, and ends with it.
 pub(crate) fn enter(arguments: &[String]) {
     if env::var_os(INSIDE).is_some() {
-        return run(&["ip", "link", "set", "lo", "up"]).expect("loopback");
+        return;
     }
-    let ways: [&[&str]; 2] = [&["--net"], &["--user", "--map-root-user", "--net"]];
-    let can = "ip link set lo up && tc qdisc add dev lo root tbf rate 1gbit burst 256kb latency 50ms";
-    for way in ways {
-        let mut tried = Command::new("unshare");
-        tried
-            .args(way)
-            .args(["sh", "-c", can])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        if tried.status().is_ok_and(|status| status.success()) {
-            let mut inside = Command::new("unshare");
-            inside.args(way).arg(env::current_exe().unwrap()).args(arguments).env(INSIDE, "1");
-            let ended = inside.status().unwrap();
-            std::process::exit(ended.code().unwrap_or(1));
-        }
+    if let Some(mut inside) = unshared("--net", PREPARE, (INSIDE, "1".as_ref())) {
+        let ended = inside.arg(env::current_exe().unwrap()).args(arguments).status().unwrap();
+        std::process::exit(ended.code().unwrap_or(1));
     }
     eprintln!("no network namespaces with a shaped link here: a relay in this process stands in");
 }
@@ -52,7 +41,7 @@ pub(crate) fn enter(arguments: &[String]) {
 pub(crate) struct Link {
     mbit_s: u64,
     /// Keeps the far namespace, where there is one.
-    far: Option<Child>,
+    far: Option<Far>,
 }
 
 impl Link {
@@ -60,12 +49,8 @@ impl Link {
         if env::var_os(INSIDE).is_none() {
             return Self { mbit_s, far: None };
         }
-        let mut unshare = Command::new("unshare");
-        unshare.arg("--net").arg(env::current_exe().unwrap()).arg("keep");
-        let mut far = Child::of(&mut unshare);
-        far.hear();
-        match veth(&far, mbit_s) {
-            Ok(()) => Self { mbit_s, far: Some(far) },
+        match Far::new(Rate { kbit_s: mbit_s * 1000, burst_bytes: BURST_BYTES }) {
+            Ok(far) => Self { mbit_s, far: Some(far) },
             Err(why) => {
                 eprintln!("no shaped link: {why}; a relay in this process stands in");
                 Self { mbit_s, far: None }
@@ -80,16 +65,15 @@ impl Link {
 
     /// Where the far end listens.
     pub(crate) fn listen(&self) -> String {
-        let host = if self.far.is_some() { FAR } else { "127.0.0.1" };
+        let host = if self.far.is_some() { FAR } else { Ipv4Addr::LOCALHOST };
         format!("{host}:0")
     }
 
     /// A process at the far end.
     pub(crate) fn start(&self, arguments: &[&str]) -> Child {
         let Some(far) = &self.far else { return Child::start(arguments) };
-        let mut command = Command::new("nsenter");
-        command.args(["-t", &far.id().to_string(), "-n"]);
-        Child::of(command.arg(env::current_exe().unwrap()).args(arguments))
+        let mut command = Command::new(env::current_exe().unwrap());
+        Child::of(&mut far.there(command.args(arguments)))
     }
 
     /// Where somebody who listens at the far end is reached over the link.
@@ -114,33 +98,5 @@ impl Link {
         sending.await.unwrap();
         let bytes_s: f64 = taker.hear().parse().unwrap();
         bytes_s * 8.0 / 1e6
-    }
-}
-
-fn veth(far: &Child, mbit_s: u64) -> Result<(), String> {
-    let pid = far.id().to_string();
-    let there = ["nsenter", "-t", pid.as_str(), "-n"];
-    let rate = format!("{mbit_s}mbit");
-    let shape = [
-        "tc", "qdisc", "add", "dev", "link0", "root", "tbf", "rate", &rate, "burst", "256kb", "latency",
-        "50ms",
-    ];
-    run(&["ip", "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", &pid])?;
-    run(&["ip", "addr", "add", NEAR, "dev", "link0"])?;
-    run(&["ip", "link", "set", "link0", "up"])?;
-    run(&shape)?;
-    let far = format!("{FAR}/30");
-    run(&[&there[..], &["ip", "link", "set", "lo", "up"]].concat())?;
-    run(&[&there[..], &["ip", "addr", "add", &far, "dev", "link0"]].concat())?;
-    run(&[&there[..], &["ip", "link", "set", "link0", "up"]].concat())?;
-    run(&[&there[..], &shape].concat())
-}
-
-fn run(command: &[&str]) -> Result<(), String> {
-    let ended = Command::new(command[0]).args(&command[1..]).stdin(Stdio::null()).output();
-    match ended {
-        Ok(ended) if ended.status.success() => Ok(()),
-        Ok(ended) => Err(format!("{}: {}", command.join(" "), String::from_utf8_lossy(&ended.stderr).trim())),
-        Err(error) => Err(format!("{}: {error}", command.join(" "))),
     }
 }

@@ -39,6 +39,9 @@ mod cutover;
 mod lab;
 mod link;
 mod live;
+#[path = "../../kill/two/namespaces.rs"]
+#[allow(dead_code, reason = "shared with the tests that kill agents")]
+mod namespaces;
 mod node;
 mod parts;
 mod recovery;
@@ -46,6 +49,9 @@ mod relay;
 mod report;
 mod stop;
 mod timed;
+#[path = "../../agent/unshared.rs"]
+#[allow(dead_code, reason = "shared with the tests of agents")]
+mod unshared;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -110,7 +116,6 @@ fn main() {
         ["agent", config] => parts::agent(Path::new(config)),
         ["hold", socket] => parts::hold(Path::new(socket)),
         ["device", socket, settings] => parts::device(Path::new(socket), settings),
-        ["keep"] => parts::keep(),
         ["take", address] => parts::take(address),
         _ => measure(&arguments),
     }

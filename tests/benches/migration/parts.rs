@@ -62,12 +62,6 @@ fn ends_with_its_teller() {
     });
 }
 
-/// Keeps a network namespace, and nothing else.
-pub(crate) fn keep() {
-    tell("kept");
-    while told() {}
-}
-
 /// The far end of a link: takes bytes, and says how many a second came.
 pub(crate) fn take(address: &str) {
     let listener = TcpListener::bind(address).unwrap();

@@ -130,7 +130,7 @@ const OF_A_SET: [&str; 15] = [
 
 /// Who is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Victim {
+pub(super) enum Victim {
     Source,
     Destination,
     Both,
@@ -138,7 +138,7 @@ enum Victim {
 
 /// A step of one side, at which somebody is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum At {
+pub(super) enum At {
     Source(&'static str),
     Destination(&'static str),
 }
@@ -192,7 +192,7 @@ impl At {
     }
 
     /// What must be found once the victims are back, where the devices of those were kept, or not.
-    fn after(self, set: usize, victim: Victim, kept: bool) -> After {
+    pub(super) fn after(self, set: usize, victim: Victim, kept: bool) -> After {
         let source_lost = !kept && victim != Victim::Destination;
         let destination_lost = !kept && victim != Victim::Source;
         let never = self == Self::Source("before commit of ADMITTED");
@@ -233,7 +233,7 @@ impl Pair {
     }
 
     /// Begins a migration, and kills who is to be killed where one side comes to a step.
-    async fn killed(&mut self, job: &Move, at: At, victim: Victim, with_holders: bool) {
+    pub(super) async fn killed(&mut self, job: &Move, at: At, victim: Victim, with_holders: bool) {
         let (home, away) = (self.home, self.away());
         let (side, point) = match at {
             At::Source(point) => (home, point),
@@ -263,6 +263,9 @@ impl Pair {
             }
             self.kill(*victim);
         }
+        if !victims.contains(&side) {
+            self.nodes[side].release();
+        }
         driving.abort();
         let _ = driving.await;
         for victim in victims {
@@ -273,7 +276,7 @@ impl Pair {
     }
 
     /// Starts again who was killed.
-    async fn start_again(&mut self, victim: Victim) {
+    pub(super) async fn start_again(&mut self, victim: Victim) {
         match victim {
             Victim::Source => self.start(self.home).await,
             Victim::Destination => self.start(self.away()).await,

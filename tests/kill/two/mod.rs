@@ -14,6 +14,7 @@
 //!   silence.rs  a process that stands still, and a wire that is silent or cut
 //!   missing.rs  a device that its agent does not find, or not at once, when it is back
 //!   full.rs     a journal that takes nothing more
+//!   shaped.rs   agents in two network namespaces, and a link of a rate between them, which may be cut: namespaces.rs
 //!   expiry.rs   a certificate that ends in mid-stream
 //!   audit.rs    who decided what, also where nobody hears how that ended
 //!   ready.rs    a destination that is killed while it waits for Ready
@@ -31,13 +32,17 @@ mod expiry;
 mod full;
 mod kills;
 mod missing;
+pub(crate) mod namespaces;
 mod ready;
 mod relay;
 mod settle;
+mod shaped;
 mod silence;
 pub(crate) mod watch;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use vfio_checkpoint_client::call::{CallError, CallOptions, Client, RetryPolicy, new_request_id};
@@ -46,6 +51,7 @@ use vfio_checkpoint_proto::v1;
 use crate::job::{Broken, done};
 use crate::lab::Lab;
 use crate::world::{Content, World};
+use namespaces::Far;
 use relay::{Relay, Way};
 use watch::Watch;
 
@@ -61,19 +67,33 @@ pub(crate) struct Move {
     commit_timeout: Option<prost_types::Duration>,
     /// The destination waits for Ready before it says Prepared.
     require_ready: bool,
+    /// A migration that would stand still for longer is given up.
+    downtime_limit: Option<Duration>,
     request_id: String,
 }
 
 impl Move {
     pub(crate) fn new(pre_copy: bool) -> Self {
         let request_id = new_request_id().unwrap();
-        Self { pre_copy, manual: false, commit_timeout: None, require_ready: false, request_id }
+        Self {
+            pre_copy,
+            manual: false,
+            commit_timeout: None,
+            require_ready: false,
+            downtime_limit: None,
+            request_id,
+        }
     }
 
     /// The caller says when to commit, for which it has so many seconds.
     pub(crate) fn by_hand_within(self, seconds: i64) -> Self {
         let commit_timeout = Some(prost_types::Duration { seconds, nanos: 0 });
         Self { manual: true, commit_timeout, ..self }
+    }
+
+    /// It is given up where it would stand still for longer.
+    fn within(self, downtime_limit: Duration) -> Self {
+        Self { downtime_limit: Some(downtime_limit), ..self }
     }
 
     /// Ready is to be said at the destination.
@@ -86,6 +106,8 @@ impl Move {
 pub(crate) struct Pair {
     pub(crate) nodes: [World; 2],
     pub(crate) relays: [Relay; 2],
+    /// The nodes are at the two ends of a link, and call each other without a relay.
+    is_far: bool,
     /// The node that has the devices' own state.
     pub(crate) home: usize,
     /// The devices that live there.
@@ -105,6 +127,15 @@ impl Pair {
 
     /// The same, with agents that are configured with these lines as well.
     pub(crate) async fn configured(devices: usize, with_holders: bool, lines: &[&str]) -> Self {
+        Self::made(devices, with_holders, lines, None).await
+    }
+
+    /// The same, with one device each, and the second node at the far end of a link.
+    pub(crate) async fn across(far: &Arc<Far>, with_holders: bool, lines: &[&str]) -> Self {
+        Self::made(1, with_holders, lines, Some(far)).await
+    }
+
+    async fn made(devices: usize, with_holders: bool, lines: &[&str], far: Option<&Arc<Far>>) -> Self {
         let lab = Arc::new(Lab::new());
         let told = lab.path("told");
         let watch = Watch::new(told.clone());
@@ -112,6 +143,10 @@ impl Pair {
             World::node(&lab, NAMES[0], &told, devices, with_holders),
             World::node(&lab, NAMES[1], &told, devices, with_holders),
         );
+        if far.is_some() {
+            first.listen(ends()[0], None);
+            second.listen(ends()[1], far);
+        }
         for node in [&first, &second] {
             // A destination whose source is killed before it opens its stream waits so long for it.
             node.configure("defaults.stream_open_timeout = \"3s\"");
@@ -124,6 +159,7 @@ impl Pair {
         let mut pair = Self {
             nodes: [first, second],
             relays,
+            is_far: far.is_some(),
             home: 0,
             lives: Vec::new(),
             watch,
@@ -156,6 +192,11 @@ impl Pair {
     /// The agent of a node that runs is what its relay leads to.
     pub(crate) fn lead(&self, side: usize) {
         self.relays[side].lead(Way::To(self.nodes[side].address()));
+    }
+
+    /// Where the agent of a node is called by the other.
+    fn endpoint(&self, side: usize) -> String {
+        if self.is_far { format!("https://{}", ends()[side]) } else { self.relays[side].endpoint() }
     }
 
     /// Starts the agent of a node, and waits until it is served.
@@ -227,8 +268,15 @@ impl Pair {
             pre_copy: if job.pre_copy { v1::PreCopyMode::Required } else { v1::PreCopyMode::Never }.into(),
             commit: if job.manual { v1::CommitMode::Manual } else { v1::CommitMode::Auto }.into(),
             memory_capture: v1::MemoryCapture::None.into(),
-            // How long a machine under load takes is not what is asked here.
-            downtime_limit: Some(prost_types::Duration { seconds: 600, nanos: 0 }),
+            // Else, how long a machine under load takes is not what is asked here.
+            downtime_limit: job.downtime_limit.unwrap_or(Duration::from_mins(10)).try_into().ok(),
+            pre_copy_budget: job.downtime_limit.map(|_| prost_types::Duration { seconds: 3, nanos: 0 }),
+            no_convergence: if job.downtime_limit.is_some() {
+                v1::NoConvergence::Abort
+            } else {
+                v1::NoConvergence::Unspecified
+            }
+            .into(),
             commit_timeout: job.commit_timeout,
             request_id: job.request_id.clone(),
             ..Default::default()
@@ -249,7 +297,7 @@ impl Pair {
             self.nodes[away].client().await.with_call_options(once),
         );
         let identity = format!("spiffe://lab.test/agent/{}", NAMES[away]);
-        let (endpoint, names, job) = (self.relays[away].endpoint(), self.names(), job.clone());
+        let (endpoint, names, job) = (self.endpoint(away), self.names(), job.clone());
         tokio::spawn(async move {
             let driving = async {
                 let clients = (&clients.0, &clients.1);
@@ -294,6 +342,11 @@ impl Pair {
     fn log(&self) -> String {
         format!("{}{}", self.nodes[0].log(), self.nodes[1].log())
     }
+}
+
+/// Where the agents at the two ends of a link are. Nobody else is there, so they have the same port in each life.
+fn ends() -> [SocketAddr; 2] {
+    [namespaces::NEAR, namespaces::FAR].map(|end| SocketAddr::from((end, 7443)))
 }
 
 /// Waits until an agent is served, which is where its relay leads to then.

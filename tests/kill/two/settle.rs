@@ -144,7 +144,7 @@ impl Pair {
     }
 
     /// Asserts that no operation has a device, and every device runs.
-    async fn all_at_rest(&self, clients: &[Client; 2]) {
+    pub(super) async fn all_at_rest(&self, clients: &[Client; 2]) {
         for (node, client) in self.nodes.iter().zip(clients) {
             for device in node.devices(client).await {
                 assert_eq!(device.operation, "", "the lease is free: {device:?}");

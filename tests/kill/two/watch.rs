@@ -28,7 +28,7 @@ use vfio_checkpoint_device::{
 };
 use vfio_checkpoint_fsm::State;
 
-use crate::world::this_program;
+use crate::children::this_program;
 
 /// Says to this test program that it is a device process, and where its socket is.
 const DEVICE: &str = "KILL_TEST_WATCHED";
