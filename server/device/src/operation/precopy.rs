@@ -107,10 +107,16 @@ impl Pace {
         }
     }
 
+    /// Whether a device of so much state, if it says, has handed out all of it once: it had nothing more, or, where it is
+    /// too busy ever to have nothing, it was as much as that.
+    fn is_through(&self, size: Option<u64>) -> bool {
+        self.had_nothing || size.is_some_and(|size| self.copied_bytes >= size)
+    }
+
     /// Where a device does not say what is dirty, it is what came since it had nothing: the like of it may be dirty
     /// again. All of the first pass is new.
-    fn dirty_bytes(&self) -> u64 {
-        if self.had_nothing { self.new_bytes } else { 0 }
+    fn dirty_bytes(&self, size: u64) -> u64 {
+        if self.is_through(Some(size)) { self.new_bytes } else { 0 }
     }
 }
 
@@ -134,9 +140,10 @@ impl PrecopyPolicy {
 
     /// The same where some of what was read may be under way: a stop takes until that has arrived, too.
     pub fn decide_on(&self, left: &[Left], delivery: &Delivery, elapsed: Duration) -> Decision {
-        let initial_done = left
-            .iter()
-            .all(|left| left.precopy.map_or(left.pace.had_nothing, |info| info.initial_bytes == 0));
+        let initial_done = left.iter().all(|left| match left.precopy {
+            Some(info) => info.initial_bytes == 0,
+            None => left.pace.is_through(left.stop_copy.bytes()),
+        });
         let fits =
             |downtime: Option<Duration>| downtime.is_some_and(|downtime| downtime <= self.downtime_limit);
         let is_all_known = fits(Left::predicted_downtime_of(left, delivery));
@@ -198,7 +205,7 @@ impl Left {
         let size = self.stop_copy.bytes()?;
         let dirty = match self.precopy {
             Some(info) => info.initial_bytes.saturating_add(info.dirty_bytes),
-            None => self.pace.dirty_bytes(),
+            None => self.pace.dirty_bytes(size),
         };
         Some(size.saturating_sub(self.pace.copied_bytes).max(dirty).min(size))
     }
@@ -300,6 +307,19 @@ mod tests {
         assert_eq!(POLICY.decide(&[goes_on], POLICY.time_budget), Decision::GiveUp, "the budget ends it");
         let again = silent(&[begins[0], begins[1], (1, 1, true)]);
         assert_eq!(again.predicted_downtime(), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn of_one_that_never_has_nothing_all_of_it_is_dirty() {
+        let half = silent(&[(999, 999, false)]);
+        let patient = PrecopyPolicy { downtime_limit: Duration::from_secs(1), ..POLICY };
+        assert_eq!(patient.decide(&[half], SOON), Decision::Continue, "it may have more that never came");
+        for all in [silent(&[(1000, 1000, false)]), silent(&[(1000, 1000, false), (4000, 4000, false)])] {
+            assert_eq!(all.predicted_downtime(), Some(Duration::from_secs(1)));
+            assert_eq!(patient.decide(&[all], SOON), Decision::CutOver);
+            assert_eq!(POLICY.decide(&[all], SOON), Decision::Continue);
+            assert_eq!(POLICY.decide(&[all], POLICY.time_budget), Decision::GiveUp);
+        }
     }
 
     #[test]
