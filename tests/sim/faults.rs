@@ -52,6 +52,13 @@ pub(crate) enum Fault {
         /// What it refuses.
         target: State,
     },
+    /// A device does not let itself be reset, once.
+    Reset {
+        /// Whose.
+        host: &'static str,
+        /// Which of its devices, by number.
+        device: usize,
+    },
     /// The machine loses power after so many more pieces of work, and never comes back.
     Gone {
         /// Which.
@@ -133,6 +140,13 @@ pub(crate) fn draw_migration(seed: u64, agents: [&'static str; 2]) -> Vec<Planne
     if dice.once_in(12) {
         let when = When::Said(dice.one_of(&TURNS));
         faults.push(Planned { when, fault: Fault::Gone { host: agents[1], pieces: dice.below(8) } });
+    }
+    // Most that undoes an arrival resets its devices, and resets are rare else.
+    let dice = Dice::new(seed, "resets");
+    if !faults.is_empty() && dice.once_in(6) {
+        let device = usize::try_from(dice.below(2)).unwrap();
+        let fault = Fault::Reset { host: agents[usize::from(!dice.once_in(6))], device };
+        faults.push(Planned { when: When::Line(3), fault });
     }
     faults
 }

@@ -48,8 +48,15 @@ pub(crate) struct SimHardware {
     saved: Arc<Mutex<BTreeMap<String, u64>>>,
     /// What the agent has opened in this life, and whether it ever opened a device twice in one.
     opened: Arc<Mutex<Opens>>,
-    /// The SETs that devices will refuse.
-    refusals: Arc<Mutex<Vec<(String, State)>>>,
+    /// What devices will refuse.
+    refusals: Arc<Mutex<Vec<(String, Refusal)>>>,
+}
+
+/// What a device refuses once, and stands where it stood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Set(State),
+    Reset,
 }
 
 #[derive(Debug, Default)]
@@ -98,16 +105,16 @@ impl SimHardware {
         &self.devices[name]
     }
 
-    /// The device of this number refuses its next SET to `target`. Where there is no such device nothing happens.
-    pub(crate) fn refuse(&self, device: usize, target: State) {
+    /// The device of this number refuses the next of these. Where there is no such device nothing happens.
+    pub(crate) fn refuse(&self, device: usize, what: Refusal) {
         if let Some(name) = self.devices.keys().nth(device) {
-            self.refusals.lock().unwrap().push((name.clone(), target));
+            self.refusals.lock().unwrap().push((name.clone(), what));
         }
     }
 
-    fn refuses(&self, name: &str, target: State) -> bool {
+    fn refuses(&self, name: &str, what: Refusal) -> bool {
         let mut refusals = self.refusals.lock().unwrap();
-        let found = refusals.iter().position(|(who, what)| who == name && *what == target);
+        let found = refusals.iter().position(|refusal| *refusal == (name.to_owned(), what));
         found.map(|index| refusals.remove(index)).is_some()
     }
 
@@ -300,7 +307,7 @@ impl MigrationDevice for Watched {
     }
 
     fn set_state(&mut self, target: State) -> Result<Option<DataStream>, DeviceError> {
-        if self.hardware.refuses(&self.who, target) {
+        if self.hardware.refuses(&self.who, Refusal::Set(target)) {
             self.say(format_args!("refuses {target}"));
             return Err(DeviceError::errno(Call::SetState(target), libc::EINVAL));
         }
@@ -327,6 +334,10 @@ impl MigrationDevice for Watched {
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
+        if self.hardware.refuses(&self.who, Refusal::Reset) {
+            self.say(format_args!("refuses to be reset"));
+            return Err(DeviceError::errno(Call::Reset, libc::EIO));
+        }
         let mark = self.hardware.device(&self.who).scratch();
         let reset = self.handle.reset();
         self.say(format_args!("reset: {}", if reset.is_ok() { "done" } else { "failed" }));

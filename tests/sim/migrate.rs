@@ -43,6 +43,11 @@ pub(crate) struct Draw {
     pub(crate) marks: Vec<u64>,
     pre_copy: v1::PreCopyMode,
     manual: bool,
+    /// The caller says when to stop.
+    cuts_over: bool,
+    /// Nothing runs there before somebody says Ready; and whether anybody does.
+    require_ready: bool,
+    says_ready: bool,
     busy: bool,
     pages: u64,
     attempts: u32,
@@ -64,14 +69,16 @@ impl Draw {
     fn of(seed: u64) -> Self {
         let dice = Dice::new(seed, "story");
         let marks = (0..=dice.below(2)).map(|_| dice.draw() | 1).collect();
+        let pre_copy =
+            dice.one_of(&[v1::PreCopyMode::Unspecified, v1::PreCopyMode::Never, v1::PreCopyMode::Required]);
+        let words = Dice::new(seed, "words");
         Self {
             marks,
-            pre_copy: dice.one_of(&[
-                v1::PreCopyMode::Unspecified,
-                v1::PreCopyMode::Never,
-                v1::PreCopyMode::Required,
-            ]),
+            pre_copy,
             manual: dice.once_in(2),
+            cuts_over: words.once_in(4),
+            require_ready: words.once_in(4),
+            says_ready: !words.once_in(4),
             busy: dice.once_in(2),
             pages: 1 + dice.below(4),
             attempts: 1 + u32::try_from(dice.below(2)).unwrap(),
@@ -210,7 +217,7 @@ impl Story {
         let (mut from, mut doubtful) = (0, None);
         for attempt in 0..self.draw.attempts {
             let Some(course) = self.start(&clients, from, attempt).await else { break };
-            let Some(operation) = self.follow(&clients[from], &course).await else {
+            let Some(operation) = self.follow(&clients, &course).await else {
                 doubtful = Some(from);
                 break;
             };
@@ -241,6 +248,11 @@ impl Story {
 
     pub(crate) fn is_gone(&self, side: usize) -> bool {
         self.gone.lock().unwrap().contains(&AGENTS[side])
+    }
+
+    /// Whether all is said that a migration waits for.
+    pub(crate) fn expects_to_move(&self) -> bool {
+        !self.draw.require_ready || self.draw.says_ready
     }
 
     pub(crate) fn violated(&self, what: String) {
@@ -281,10 +293,12 @@ impl Story {
                 logical_devices: logical.clone(),
                 devices: self.names(),
                 source_key_sha256: agent.key_sha256,
+                require_ready: self.draw.require_ready,
                 ..Default::default()
             };
             let admitted = self.caller.told("Admit", destination.admit(admission).await);
             let Some(v1::AdmitResponse { ticket, key_sha256, .. }) = admitted else { continue };
+            let cutover = if self.draw.cuts_over { v1::CutoverMode::Manual } else { v1::CutoverMode::Auto };
             let commit = if self.draw.manual { v1::CommitMode::Manual } else { v1::CommitMode::Auto };
             let to = AGENTS[1 - from];
             let request = v1::MigrateRequest {
@@ -297,6 +311,7 @@ impl Story {
                 }),
                 ticket,
                 pre_copy: self.draw.pre_copy.into(),
+                cutover: cutover.into(),
                 commit: commit.into(),
                 memory_capture: v1::MemoryCapture::None.into(),
                 request_id: request_id(4 + attempt, number),
@@ -319,7 +334,8 @@ impl Story {
     }
 
     /// Until it is over. None where it stays in doubt, because its destination is gone and nobody decides.
-    async fn follow(&self, source: &Client, course: &Course) -> Option<v1::Operation> {
+    async fn follow(&self, clients: &[Client; 2], course: &Course) -> Option<v1::Operation> {
+        let source = &clients[course.from];
         let (mut looks, mut doubts) = (0, 0);
         loop {
             if self.is_gone(course.from) {
@@ -345,6 +361,12 @@ impl Story {
             } else if is_prepared {
                 let commit = v1::CommitRequest { operation: name };
                 let _ = self.caller.told("Commit", source.commit(commit).await);
+            } else if self.draw.cuts_over && handover.stop_time.is_none() {
+                let cutover = v1::CutoverRequest { operation: name };
+                let _ = self.caller.told("Cutover", source.cutover(cutover).await);
+            }
+            if self.draw.require_ready && self.draw.says_ready && !is_prepared && !handover.in_doubt {
+                self.ready(&clients[1 - course.from], handover.peer_operation.clone()).await;
             }
             if handover.in_doubt {
                 doubts += 1;
@@ -352,6 +374,14 @@ impl Story {
                     return None;
                 }
             }
+        }
+    }
+
+    /// Whoever has asked for the ticket says that all is ready there, if anybody waits for it.
+    async fn ready(&self, destination: &Client, operation: String) {
+        if !operation.is_empty() {
+            let ready = v1::ReadyRequest { operation };
+            let _ = self.caller.told("Ready", destination.ready(ready).await);
         }
     }
 

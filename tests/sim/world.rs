@@ -27,7 +27,7 @@ use crate::dice::Dice;
 use crate::disk::SimDisk;
 use crate::executor::{EPOCH_SECONDS, Gate, SimExecutor};
 use crate::faults::{Fault, Link, Planned, When};
-use crate::hardware::SimHardware;
+use crate::hardware::{Refusal, SimHardware};
 use crate::log::{Log, SimClock, say};
 use crate::network::SimNetwork;
 use crate::oracle::Oracle;
@@ -339,7 +339,10 @@ impl World<'_> {
                 dying.push((host, now + DIES_WITHIN, loses_power, down));
             }
             Fault::Disk { host, what, after, times } => self.host(host).disk.fail(what, after, times),
-            Fault::Set { host, device, target } => self.host(host).hardware.refuse(device, target),
+            Fault::Set { host, device, target } => {
+                self.host(host).hardware.refuse(device, Refusal::Set(target));
+            }
+            Fault::Reset { host, device } => self.host(host).hardware.refuse(device, Refusal::Reset),
             Fault::Gone { host, pieces } => self.lose(host, pieces, now, heals, dying),
         }
         true
