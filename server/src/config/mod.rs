@@ -9,8 +9,10 @@
 //! In the environment `__` parts the sections: `VFIO_CHECKPOINTD_SERVER__LISTEN=0.0.0.0:7443`. Lists of tables
 //! (`devices`, `grants`) come from the file only.
 
+mod bounds;
 mod duration;
 mod validate;
+mod variables;
 
 #[cfg(test)]
 mod tests;
@@ -20,12 +22,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use figment::Figment;
-use figment::providers::{Env, Format, Serialized, Toml};
+use figment::providers::{Format, Serialized, Toml};
 use serde::{Deserialize, Serialize};
 use vfio_checkpoint_device::kernel::KernelPath;
 use vfio_checkpoint_proto::version::VersionRange;
 
 pub use validate::Mistake;
+
+use variables::Variables;
 
 use crate::security::roles::Grant;
 
@@ -82,31 +86,31 @@ pub struct ServerConfig {
     pub max_concurrent_streams: u32,
     /// Bytes of the headers of one call, 1024 to 1048576.
     pub max_header_bytes: u32,
-    /// A TLS handshake takes at most this long.
+    /// A TLS handshake takes at most this long, 1ms to 5m.
     #[serde(with = "duration")]
     pub handshake_timeout: Duration,
-    /// How often an idle connection is asked whether it is still there.
+    /// How often an idle connection is asked whether it is still there, 1ms to 1day.
     #[serde(with = "duration")]
     pub keepalive_interval: Duration,
-    /// How long it may take to answer.
+    /// How long it may take to answer, 1ms to 1day.
     #[serde(with = "duration")]
     pub keepalive_timeout: Duration,
-    /// A stream of state that carries nothing for this long is ended.
+    /// A stream of state that carries nothing for this long is ended, 1ms to 1day.
     #[serde(with = "duration")]
     pub stream_idle_timeout: Duration,
-    /// No stream of state lasts longer. At most 7 days.
+    /// No stream of state lasts longer, 1ms to 7days.
     #[serde(with = "duration")]
     pub stream_lifetime: Duration,
     /// How long a restore waits for the giver of its state to come back whose connection broke. Its devices are loaded and
     /// do not run meanwhile. And how long a migration tries to get on with its destination, from when the connection broke until
-    /// something new is acknowledged. At most 1 hour.
+    /// something new is acknowledged. 1ms to 1h.
     #[serde(with = "duration")]
     pub stream_resume_window: Duration,
     /// How long the taker of a save may take to say that its checkpoint is durable, once it has all state. The devices
-    /// stand still for it.
+    /// stand still for it. 1ms to 1day.
     #[serde(with = "duration")]
     pub seal_timeout: Duration,
-    /// On SIGTERM: how long running operations have to be undone.
+    /// On SIGTERM: how long running operations have to be undone, 1ms to 1h.
     #[serde(with = "duration")]
     pub shutdown_grace: Duration,
     /// Threads that serve calls and move state. Half of the processors, and at least one, where it is not set: the node is
@@ -140,7 +144,7 @@ pub struct TlsConfig {
     pub client_ca: PathBuf,
     /// Lists of revoked certificates.
     pub crls: Vec<PathBuf>,
-    /// How often the files are looked at. 30 s where it is not set.
+    /// How often the files are looked at, 1ms to 1day. 30 s where it is not set.
     #[serde(with = "duration::option")]
     pub reload_interval: Option<Duration>,
 }
@@ -195,10 +199,10 @@ pub struct StoreConfig {
     /// S3: allow an endpoint without TLS. Whoever sees the wire then reads the state of devices.
     #[serde(default)]
     pub allow_http: bool,
-    /// A folder: bytes that stay free on its file system. 64 MiB where it is not set.
+    /// A folder: bytes that stay free on its file system, 0 to 1125899906842624. 64 MiB where it is not set.
     #[serde(default)]
     pub keep_free_bytes: Option<u64>,
-    /// How often this agent collects what no checkpoint needs. 1 h where it is not set.
+    /// How often this agent collects what no checkpoint needs, 1ms to 7days. 1 h where it is not set.
     #[serde(default, with = "duration::option")]
     pub collect_interval: Option<Duration>,
 }
@@ -207,22 +211,22 @@ pub struct StoreConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OperationDefaults {
-    /// Devices should stand still no longer than this.
+    /// Devices should stand still no longer than this, 1ms to 1day.
     #[serde(with = "duration")]
     pub downtime_limit: Duration,
-    /// Pre-copy takes at most this long.
+    /// Pre-copy takes at most this long, 1ms to `limits.max_wait`.
     #[serde(with = "duration")]
     pub pre_copy_budget: Duration,
-    /// How long to wait for a manual cutover.
+    /// How long to wait for a manual cutover, 1ms to `limits.max_wait`.
     #[serde(with = "duration")]
     pub cutover_timeout: Duration,
-    /// How long a hold lasts.
+    /// How long a hold lasts, 1ms to `limits.max_wait`.
     #[serde(with = "duration")]
     pub hold_timeout: Duration,
-    /// How long an admitted operation waits for its stream.
+    /// How long an admitted operation waits for its stream, 1ms to `limits.max_wait`.
     #[serde(with = "duration")]
     pub stream_open_timeout: Duration,
-    /// What downtimes are predicted by before anything was measured, in bytes a second.
+    /// What downtimes are predicted by before anything was measured, in bytes a second, 1 to 1125899906842624.
     pub rate_bytes_per_second: u64,
 }
 
@@ -230,9 +234,9 @@ pub struct OperationDefaults {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OperationLimits {
-    /// Operations that are not done, at a time. 1 to 4096.
+    /// Operations that are not done, at a time, 1 to 4096.
     pub max_operations: usize,
-    /// State of one device, in bytes.
+    /// State of one device, in bytes, 1 to 1125899906842624.
     pub max_device_bytes: u64,
     /// Chunks on the wire, in bytes. 65536 to 2097152.
     pub max_chunk_bytes: u32,
@@ -240,18 +244,19 @@ pub struct OperationLimits {
     /// breaks it is sent again. 12582912 to 1073741824.
     pub spool_memory_bytes: u64,
     /// What one migration keeps on disk beyond that, in `node.state_dir`, in bytes, while the connection is down: as long as
-    /// 512 MiB are free besides. Once both are full its devices are not read until it is back. 0 for nothing.
+    /// 512 MiB are free besides. Once both are full its devices are not read until it is back. 0 to 1125899906842624, 0 for
+    /// nothing.
     pub spool_disk_bytes: u64,
-    /// A device call that takes longer puts its device out of service.
+    /// A device call that takes longer puts its device out of service, 1ms to 1h.
     #[serde(with = "duration")]
     pub device_call_timeout: Duration,
-    /// The longest hold, wait for a cutover or wait for a stream that a caller can ask for.
+    /// The longest hold, wait for a cutover or wait for a stream that a caller can ask for, 1ms to 30days.
     #[serde(with = "duration")]
     pub max_wait: Duration,
-    /// How long finished operations, and the request ids that started them, are kept.
+    /// How long finished operations, and the request ids that started them, are kept, 1ms to 1year.
     #[serde(with = "duration")]
     pub keep_finished: Duration,
-    /// How many of them are kept at most.
+    /// How many of them are kept at most, 1 to 1000000.
     pub keep_finished_count: usize,
 }
 
@@ -353,12 +358,12 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// A key is unknown, or a value is not of its kind.
-    #[error("{}", words(file.as_deref(), source))]
+    #[error("{}", words(file.as_deref(), wrong))]
     Malformed {
         /// The file that was read, where one was.
         file: Option<PathBuf>,
-        /// What is wrong.
-        source: Box<figment::Error>,
+        /// What is wrong. Not a source: its words are in these already, where they are fit for people.
+        wrong: Box<figment::Error>,
     },
     /// Values that cannot be.
     #[error("{}", list(.0))]
@@ -393,20 +398,23 @@ pub const ENVIRONMENT: &str = "VFIO_CHECKPOINTD_";
 impl AgentConfig {
     /// The configuration out of a file, the environment and `flags`, the later the stronger.
     pub fn load(file: Option<&Path>, flags: impl Serialize) -> Result<Self, ConfigError> {
+        Self::load_with(file, Variables::of_the_process(), flags)
+    }
+
+    fn load_with(
+        file: Option<&Path>,
+        variables: Variables,
+        flags: impl Serialize,
+    ) -> Result<Self, ConfigError> {
         let mut figment = Figment::new();
         if let Some(path) = file {
             let text = std::fs::read_to_string(path)
                 .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
             figment = figment.merge(Toml::string(&text));
         }
-        // The flags' own environment variables are clap's.
-        let config: Self = figment
-            .merge(Env::prefixed(ENVIRONMENT).ignore(&["config"]).split("__"))
-            .merge(Serialized::defaults(flags))
-            .extract()
-            .map_err(|error| ConfigError::Malformed {
-                file: file.map(Path::to_owned),
-                source: Box::new(error),
+        let config: Self =
+            figment.merge(variables).merge(Serialized::defaults(flags)).extract().map_err(|error| {
+                ConfigError::Malformed { file: file.map(Path::to_owned), wrong: Box::new(error) }
             })?;
         config.validate()?;
         Ok(config)

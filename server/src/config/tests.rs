@@ -55,13 +55,13 @@ address = "nowhere"
     assert_eq!(
         keys,
         [
-            "server.max_connections",
-            "server.handshake_timeout",
             "tls.certificate",
             "tls.key",
             "tls.client_ca",
             "devices[0].name",
             "devices[1].address",
+            "server.max_connections",
+            "server.handshake_timeout",
             "limits.max_chunk_bytes",
         ],
         "{error}"
@@ -101,6 +101,44 @@ fn flags_are_stronger_than_the_file() {
 }
 
 #[test]
+fn the_environment_is_stronger_than_the_file_and_weaker_than_flags() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("agent.toml");
+    std::fs::write(&path, format!("[server]\nmax_connections = 7\nlisten = \"127.0.0.1:7\"\n{MINIMAL}"))
+        .unwrap();
+    let load = |variables: &[(&str, &str)]| {
+        let variables =
+            variables.iter().map(|(name, says)| (format!("VFIO_CHECKPOINTD_{name}"), (*says).to_owned()));
+        let flags = serde_json::json!({ "server": { "listen": "127.0.0.1:9" } });
+        AgentConfig::load_with(Some(&path), Variables(variables.collect()), flags)
+    };
+    let config = load(&[
+        ("SERVER__MAX_CONNECTIONS", "8"),
+        ("SERVER__LISTEN", "127.0.0.1:8"),
+        ("SERVER__SEAL_TIMEOUT", "8s"),
+        ("SERVER__WORKER_THREADS", "8"),
+        // Texts, whatever they look like.
+        ("NODE__NAME", "007"),
+        ("TELEMETRY__LOG", "true"),
+        ("CONFIG", "/elsewhere.toml"),
+    ]);
+    let config = config.unwrap();
+    assert_eq!((config.server.max_connections, config.server.listen.port()), (8, 9));
+    assert_eq!((config.server.seal_timeout, config.server.worker_threads), (Duration::from_secs(8), Some(8)));
+    assert_eq!((config.node.name.as_str(), config.telemetry.log.as_str()), ("007", "true"));
+    for (name, says, named) in [
+        ("SERVER__LISTN", "127.0.0.1:8", "listn"),
+        ("SERVER__MAX_CONNECTIONS", "many", "server.max_connections"),
+        ("SERVER__SEAL_TIMEOUT", "8", "server.seal_timeout"),
+        ("SERVER____LISTEN", "x", "SERVER____LISTEN"),
+        ("TLS", "x", "tls"),
+    ] {
+        let error = load(&[(name, says)]).unwrap_err().to_string();
+        assert!(error.contains("environment") && error.contains(named), "{name}: {error}");
+    }
+}
+
+#[test]
 fn a_missing_file_is_named() {
     let error =
         AgentConfig::load(Some(Path::new("/nonexistent/agent.toml")), serde_json::json!({})).unwrap_err();
@@ -114,7 +152,10 @@ fn what_is_malformed_is_told_with_its_file_and_its_key_as_written() {
         ("[server]\nmax_connections = \"many\"\n", "server.max_connections"),
         ("[server\n", "agent.toml"),
     ] {
-        let error = load(&format!("{text}{MINIMAL}")).unwrap_err().to_string();
+        let error = load(&format!("{text}{MINIMAL}")).unwrap_err();
+        // As the program says it.
+        let error = vfio_checkpoint_device::chain(&error);
+        assert_eq!(error.matches("agent.toml: ").count(), 1, "{error}");
         assert!(error.contains("agent.toml: ") && error.contains(key), "{error}");
         assert!(!error.contains("default.") && !error.contains("TOML source string"), "{error}");
     }
@@ -159,4 +200,133 @@ fn the_versions_of_the_stream_are_those_of_the_build_unless_it_is_one_for_tests(
     } else {
         assert!(pretending.unwrap_err().to_string().contains("stream_versions"));
     }
+}
+
+/// Every number and every time of a configuration, with where it is.
+fn amounts(config: &AgentConfig) -> Vec<String> {
+    fn walk(value: &serde_json::Value, at: &str, found: &mut Vec<String>) {
+        let below = |name: &str| if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") };
+        match value {
+            serde_json::Value::Object(fields) => {
+                fields.iter().for_each(|(name, value)| walk(value, &below(name), found));
+            }
+            serde_json::Value::Number(_) => found.push(at.to_owned()),
+            serde_json::Value::String(text) if humantime::parse_duration(text).is_ok() => {
+                found.push(at.to_owned());
+            }
+            serde_json::Value::Null
+            | serde_json::Value::Bool(_)
+            | serde_json::Value::String(_)
+            | serde_json::Value::Array(_) => {}
+        }
+    }
+    let mut found = Vec::new();
+    walk(&serde_json::to_value(config).unwrap(), "", &mut found);
+    found
+}
+
+#[test]
+fn every_number_and_every_time_is_bounded_and_its_documentation_says_how() {
+    let mut config = AgentConfig::default();
+    // What is not set by default.
+    config.server.worker_threads = Some(1);
+    config.tls.reload_interval = Some(Duration::from_secs(1));
+    let bounds = bounds::bounds(&config);
+    for key in amounts(&config) {
+        assert!(bounds.iter().any(|bound| bound.key == key), "{key} has no bounds");
+    }
+    let source = include_str!("mod.rs");
+    for bound in &bounds {
+        assert!(bound.problem().is_none(), "{}: the default is out of its range", bound.key);
+        let field = bound.key.rsplit('.').next().unwrap();
+        let at = source.find(&format!("    pub {field}: ")).unwrap();
+        let docs: Vec<&str> = source[..at]
+            .lines()
+            .rev()
+            .take_while(|line| line.trim_start().starts_with("///") || line.trim_start().starts_with("#["))
+            .collect();
+        let docs = docs
+            .into_iter()
+            .rev()
+            .map(|line| line.trim_start_matches([' ', '/']))
+            .collect::<Vec<_>>()
+            .join(" ")
+            .replace('`', "");
+        assert!(docs.contains(&bound.range()), "{}: {:?} does not say {}", bound.key, docs, bound.range());
+    }
+}
+
+#[test]
+fn a_value_is_good_up_to_its_bounds_and_not_beyond() {
+    let value = |amount: bounds::Amount| match amount {
+        bounds::Amount::Number(number) => number.to_string(),
+        bounds::Amount::Time(time) => format!("\"{}ns\"", time.as_nanos()),
+    };
+    let beyond = |amount: bounds::Amount, up: bool| match amount {
+        bounds::Amount::Number(number) => {
+            if up { number.checked_add(1) } else { number.checked_sub(1) }.map(bounds::Amount::Number)
+        }
+        bounds::Amount::Time(time) => {
+            let tick = Duration::from_nanos(1);
+            if up { time.checked_add(tick) } else { time.checked_sub(tick) }.map(bounds::Amount::Time)
+        }
+    };
+    for bound in bounds::bounds(&AgentConfig::default()) {
+        let (section, field) = bound.key.split_once('.').unwrap();
+        let load = |amount| {
+            load(
+                &format!("[{section}]\n{field} = {}\n{MINIMAL}", value(amount))
+                    .replace("[tls]\n[tls]", "[tls]"),
+            )
+        };
+        let load = |amount| {
+            if section == "tls" {
+                self::load(&format!("{MINIMAL}{field} = {}\n", value(amount)))
+            } else {
+                load(amount)
+            }
+        };
+        for good in [bound.least, bound.most] {
+            // What bounds others may not be what they are by default.
+            let told = load(good).err().map(|error| error.to_string()).unwrap_or_default();
+            assert!(!told.contains(&format!("{}: ", bound.key)), "{told}");
+        }
+        for bad in [beyond(bound.least, false), beyond(bound.most, true)].into_iter().flatten() {
+            let told = load(bad).unwrap_err().to_string();
+            let expected = format!("{}: is {bad} and must be {}", bound.key, bound.range());
+            assert!(told.contains(&expected), "{told}, and not {expected}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_work_is_told_before_anything_is_touched() {
+    let store = "[[stores]]\nname = \"a\"\nlocation = ";
+    for (text, key) in [
+        ("[[grants]]\nwho = \"spiffe://a/*\"\nroles = []\n".to_owned(), "grants[0].roles"),
+        ("[holder]\nsocket = \"\"\n".to_owned(), "holder.socket"),
+        (
+            "[server]\nlisten = \"127.0.0.1:9\"\nhealth_listen = \"0.0.0.0:9\"\n".to_owned(),
+            "server.health_listen",
+        ),
+        (
+            "[server]\nlisten = \"127.0.0.1:9\"\nhealth_listen = \"127.0.0.1:9\"\n".to_owned(),
+            "server.health_listen",
+        ),
+        (format!("{store}\"s3://bucket/p\"\nendpoint = \"nonsense\"\n"), "stores[0].endpoint"),
+        (format!("{store}\"/x/y\"\n{}\"/x//y\"\n", store.replace("\"a\"", "\"b\"")), "stores[1].location"),
+        (
+            "[[devices]]\nname = \"a\"\naddress = \"vfio-user:/x\"\n\
+             [[devices]]\nname = \"b\"\naddress = \"vfio-user://x\"\n"
+                .to_owned(),
+            "devices[1].address",
+        ),
+    ] {
+        let error = load(&format!("{text}{MINIMAL}")).unwrap_err();
+        let ConfigError::Mistakes(mistakes) = &error else { panic!("{error}") };
+        assert_eq!(mistakes.len(), 1, "{error}");
+        assert_eq!(mistakes[0].key, key, "{error}");
+    }
+    let other = "[server]\nlisten = \"127.0.0.1:9\"\nhealth_listen = \"127.0.0.2:9\"\n";
+    assert!(load(&format!("{other}{MINIMAL}")).is_ok());
 }

@@ -2,16 +2,14 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
 use vfio_checkpoint_device::address::DeviceAddress;
-use vfio_checkpoint_proto::domain::StreamLimits;
 use vfio_checkpoint_proto::ids::{DeviceName, PodName, StoreName};
-use vfio_checkpoint_proto::{MAX_CHUNK_BYTES, MIN_CHUNK_BYTES};
 use vfio_checkpoint_store::Location;
 
 use super::AgentConfig;
+use super::bounds::bounds;
 
 /// A value that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,19 +34,6 @@ impl Mistakes {
         self.0.push(Mistake { key: key.into(), problem: problem.to_string() });
     }
 
-    fn range<T: PartialOrd + fmt::Display>(&mut self, key: &str, value: T, low: T, high: T) {
-        if value < low || value > high {
-            self.add(key, format_args!("is {value} and must be {low} to {high}"));
-        }
-    }
-
-    fn time(&mut self, key: &str, value: Duration, high: Duration) {
-        if value.is_zero() || value > high {
-            let (value, high) = (humantime::format_duration(value), humantime::format_duration(high));
-            self.add(key, format_args!("is {value} and must be more than 0s and at most {high}"));
-        }
-    }
-
     fn path(&mut self, key: &str, path: &Path) {
         if path.as_os_str().is_empty() {
             self.add(key, "is not set; give the path of the PEM file");
@@ -56,14 +41,17 @@ impl Mistakes {
     }
 }
 
-const DAY: Duration = Duration::from_hours(24);
-
 pub(super) fn mistakes(config: &AgentConfig) -> Vec<Mistake> {
     let mut found = Mistakes::default();
     node_and_server(config, &mut found);
+    grants(config, &mut found);
     devices(config, &mut found);
     stores(config, &mut found);
-    operations(config, &mut found);
+    for bound in bounds(config) {
+        if let Some(problem) = bound.problem() {
+            found.add(bound.key, problem);
+        }
+    }
     if config.telemetry.log.len() > 1024 {
         found.add("telemetry.log", "is longer than 1024 bytes");
     }
@@ -75,39 +63,39 @@ fn node_and_server(config: &AgentConfig, found: &mut Mistakes) {
         found.add("node.state_dir", "is empty; give the folder of the journal");
     }
     let server = &config.server;
-    found.range("server.max_connections", server.max_connections, 1, 65_536);
-    found.range("server.max_concurrent_streams", server.max_concurrent_streams, 1, 4096);
-    found.range("server.max_header_bytes", server.max_header_bytes, 1 << 10, 1 << 20);
-    found.time("server.handshake_timeout", server.handshake_timeout, Duration::from_mins(5));
-    found.time("server.keepalive_interval", server.keepalive_interval, DAY);
-    found.time("server.keepalive_timeout", server.keepalive_timeout, DAY);
-    found.time("server.stream_idle_timeout", server.stream_idle_timeout, DAY);
-    found.time("server.stream_lifetime", server.stream_lifetime, StreamLimits::MAX_LIFETIME);
-    found.time("server.stream_resume_window", server.stream_resume_window, Duration::from_hours(1));
-    found.time("server.seal_timeout", server.seal_timeout, DAY);
-    found.time("server.shutdown_grace", server.shutdown_grace, Duration::from_hours(1));
     #[cfg(feature = "test-versions")]
     if let Some([min, max]) = server.stream_versions
         && vfio_checkpoint_proto::version::VersionRange::new(min, max).is_none()
     {
         found.add("server.stream_versions", format_args!("{min} to {max} is no range of versions"));
     }
-    if let Some(threads) = server.worker_threads {
-        found.range("server.worker_threads", threads, 1, 1024);
-    }
-    if server.health_listen == Some(server.listen) && server.listen.port() != 0 {
-        found.add("server.health_listen", "is the address of server.listen; give another port");
+    if let Some(health) = server.health_listen
+        && health.port() == server.listen.port()
+        && health.port() != 0
+        && (health.ip() == server.listen.ip()
+            || health.ip().is_unspecified()
+            || server.listen.ip().is_unspecified())
+    {
+        found.add("server.health_listen", "takes the port of server.listen; give another one");
     }
     found.path("tls.certificate", &config.tls.certificate);
     found.path("tls.key", &config.tls.key);
     found.path("tls.client_ca", &config.tls.client_ca);
-    if let Some(interval) = config.tls.reload_interval {
-        found.time("tls.reload_interval", interval, DAY);
+    if config.holder.socket.as_ref().is_some_and(|socket| socket.as_os_str().is_empty()) {
+        found.add("holder.socket", "is empty; give the path of the holder's socket, or leave it out");
+    }
+}
+
+fn grants(config: &AgentConfig, found: &mut Mistakes) {
+    for (index, grant) in config.grants.iter().enumerate() {
+        if grant.roles.is_empty() {
+            found.add(format!("grants[{index}].roles"), "is empty; name a role, or leave the grant out");
+        }
     }
 }
 
 fn stores(config: &AgentConfig, found: &mut Mistakes) {
-    let mut names = BTreeSet::new();
+    let (mut names, mut places) = (BTreeSet::new(), Vec::new());
     for (index, store) in config.stores.iter().enumerate() {
         let key = |field: &str| format!("stores[{index}].{field}");
         if let Err(error) = StoreName::from_id(&store.name) {
@@ -136,15 +124,40 @@ fn stores(config: &AgentConfig, found: &mut Mistakes) {
             }
             Err(error) => found.add(key("location"), error),
         }
+        if let Ok(location) = store.location.parse::<Location>() {
+            let place = (location, &store.endpoint);
+            if places.contains(&place) {
+                found.add(key("location"), format_args!("`{}` is where another store is", store.location));
+            }
+            places.push(place);
+        }
+        if let Some(endpoint) = store.endpoint.as_ref().filter(|endpoint| !is_endpoint(endpoint)) {
+            found.add(
+                key("endpoint"),
+                format_args!("is `{endpoint}` and must be https://HOST or https://HOST:PORT"),
+            );
+        }
         let is_plain = store.endpoint.as_ref().is_some_and(|endpoint| endpoint.starts_with("http://"));
         if is_plain && !store.allow_http {
             found
                 .add(key("endpoint"), "has no TLS; say https, or allow_http where nobody else sees the wire");
         }
-        if let Some(interval) = store.collect_interval {
-            found.time(&key("collect_interval"), interval, DAY * 7);
-        }
     }
+}
+
+/// Where a device is, also where the same is written in another way.
+fn place(address: &DeviceAddress) -> PathBuf {
+    match address {
+        DeviceAddress::VfioUser(socket) => socket.as_path().components().collect(),
+        DeviceAddress::Kernel(_) | DeviceAddress::Sim(_) => address.to_string().into(),
+    }
+}
+
+/// Whether it is the address of a server, with or without TLS.
+fn is_endpoint(text: &str) -> bool {
+    text.parse::<http::Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
+    })
 }
 
 fn devices(config: &AgentConfig, found: &mut Mistakes) {
@@ -158,8 +171,9 @@ fn devices(config: &AgentConfig, found: &mut Mistakes) {
             found.add(key("name"), format_args!("`{}` is given to two devices", device.name));
         }
         match device.address.parse::<DeviceAddress>() {
-            Ok(address @ DeviceAddress::Sim(_)) => drop(address),
-            Ok(_) if !addresses.insert(&device.address) => {
+            // Each is a device of its own.
+            Ok(DeviceAddress::Sim(_)) => {}
+            Ok(address) if !addresses.insert(place(&address)) => {
                 found.add(key("address"), format_args!("`{}` is listed twice", device.address));
             }
             Ok(_) => {}
@@ -180,23 +194,4 @@ fn devices(config: &AgentConfig, found: &mut Mistakes) {
             found.add(key("owner_pod"), error);
         }
     }
-}
-
-fn operations(config: &AgentConfig, found: &mut Mistakes) {
-    let (defaults, limits) = (&config.defaults, &config.limits);
-    found.time("limits.max_wait", limits.max_wait, 30 * DAY);
-    found.time("defaults.downtime_limit", defaults.downtime_limit, DAY);
-    found.time("defaults.pre_copy_budget", defaults.pre_copy_budget, limits.max_wait);
-    found.time("defaults.cutover_timeout", defaults.cutover_timeout, limits.max_wait);
-    found.time("defaults.hold_timeout", defaults.hold_timeout, limits.max_wait);
-    found.time("defaults.stream_open_timeout", defaults.stream_open_timeout, limits.max_wait);
-    found.range("defaults.rate_bytes_per_second", defaults.rate_bytes_per_second, 1, u64::MAX);
-    found.range("limits.max_operations", limits.max_operations, 1, 4096);
-    found.range("limits.max_device_bytes", limits.max_device_bytes, 1, u64::MAX);
-    found.range("limits.max_chunk_bytes", limits.max_chunk_bytes, MIN_CHUNK_BYTES, MAX_CHUNK_BYTES);
-    // As much as a destination of this version may leave without an ack.
-    found.range("limits.spool_memory_bytes", limits.spool_memory_bytes, 12 << 20, 1 << 30);
-    found.time("limits.device_call_timeout", limits.device_call_timeout, Duration::from_hours(1));
-    found.time("limits.keep_finished", limits.keep_finished, 365 * DAY);
-    found.range("limits.keep_finished_count", limits.keep_finished_count, 1, 1_000_000);
 }

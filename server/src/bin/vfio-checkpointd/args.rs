@@ -92,7 +92,7 @@ pub(crate) struct Hold {
     #[arg(long, value_name = "PATH")]
     pub(crate) socket: PathBuf,
     /// How many devices may be held; each needs at least two open files
-    #[arg(long, value_name = "N", default_value_t = HolderOptions::DEFAULT_MAX_DEVICES)]
+    #[arg(long, value_name = "N", default_value_t = HolderOptions::DEFAULT_MAX_DEVICES, value_parser = at_least_one)]
     pub(crate) max_devices: usize,
 }
 
@@ -107,4 +107,13 @@ pub(crate) struct Healthcheck {
     /// How long the answer may take
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     pub(crate) timeout: std::time::Duration,
+}
+
+/// A holder that may hold nothing would be one in vain.
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("it must be 1 at least".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(error.to_string()),
+    }
 }
