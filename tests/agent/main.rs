@@ -19,6 +19,7 @@ mod devices;
 mod dirty;
 mod discarded;
 mod doubt;
+mod each_error;
 mod ending;
 #[allow(dead_code, reason = "shared with the tests that kill agents")]
 mod faulty;

@@ -14,9 +14,7 @@ use vfio_checkpoint_server::config::AgentConfig;
 use vfio_checkpoint_server::serve::Agent;
 
 use crate::faulty::Faulty;
-use crate::flow::{
-    at_once, channel, device, done, failure, reached, refused, save_of, start_save, violations,
-};
+use crate::flow::{channel, device, done, failure, reached, refused, save_of, start_save, violations};
 use crate::lab::{Lab, PATIENCE};
 
 /// How long the holds are, by a clock that goes on where the test says so.
@@ -197,8 +195,8 @@ async fn a_mark_that_is_owed_is_known_to_the_next_agent() {
         assert_eq!(away.code(), Code::FailedPrecondition, "{instead:?}: {away}");
         let refusal = v1::StartSaveRequest { store: "stores/local".to_owned(), ..save_of(&["n0"]) };
         let refusal =
-            refused(at_once(case.saver().await).start_save(refusal).await, Code::Unavailable, "BLOCKED");
-        assert_eq!(violations(&refusal)[0].0, "BLOCKER_REASON_STORE_UNAVAILABLE");
+            refused(case.saver().await.start_save(refusal).await, Code::FailedPrecondition, "BLOCKED");
+        assert_eq!(violations(&refusal)[0].0, "BLOCKER_REASON_STORE_UNUSABLE");
         case.brings_back(instead);
         let case = case.restarted().await;
         case.is_inconsistent(&checkpoint).await;

@@ -435,8 +435,11 @@ async fn a_store_that_cannot_be_used_is_said_and_nothing_is_touched() {
     assert_eq!(violations(&refusal)[0].0, "BLOCKER_REASON_NO_SPACE");
     let dry = v1::StartSaveRequest { validate_only: true, ..into("photos") };
     let told = case.saver.start_save(dry).await.unwrap();
-    assert_eq!(told.blockers[0].reason(), v1::BlockerReason::StoreUnavailable);
+    assert_eq!(told.blockers[0].reason(), v1::BlockerReason::StoreUnusable);
     assert!(told.blockers[0].message.contains("give it a place of its own"), "{told:?}");
+    let dry = v1::StartSaveRequest { validate_only: true, ..into("away") };
+    let told = case.saver.start_save(dry).await.unwrap();
+    assert_eq!(told.blockers[0].reason(), v1::BlockerReason::StoreUnavailable, "{told:?}");
     let away = case.checkpoints.clone().list_checkpoints(v1::ListCheckpointsRequest::default()).await;
     says(away, Code::Unavailable, "STORE_UNAVAILABLE");
     let photo = "stores/photos/checkpoints/019aa7b4c10-5c0ffee15c0ffee1";

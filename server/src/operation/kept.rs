@@ -71,7 +71,9 @@ pub(super) async fn make_room(
         }
         Err(error) => {
             let message = format!("{} cannot be used: {}", place.name(), chain(&error));
-            found.push(Blocker::set(BlockerReason::StoreUnavailable, message));
+            let reason =
+                if error.may_pass() { BlockerReason::StoreUnavailable } else { BlockerReason::StoreUnusable };
+            found.push(Blocker::set(reason, message));
             None
         }
     }

@@ -144,6 +144,12 @@ impl StoreError {
         }
     }
 
+    /// Whether it may be over in a while: the store is one, and was not reached, or is full. The others are over once
+    /// somebody mends them.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unavailable { .. } | Self::DiskFull { .. } | Self::NoSpace { .. })
+    }
+
     /// What the store answered. Recognises a full disk, and a link that the local store refused to follow.
     pub(crate) fn answered(what: &'static str, key: &impl ToString, source: object_store::Error) -> Self {
         let mut below: Option<&(dyn std::error::Error + 'static)> = Some(&source);
