@@ -330,3 +330,13 @@ fn what_cannot_work_is_told_before_anything_is_touched() {
     let other = "[server]\nlisten = \"127.0.0.1:9\"\nhealth_listen = \"127.0.0.2:9\"\n";
     assert!(load(&format!("{other}{MINIMAL}")).is_ok());
 }
+
+/// What people copy has to work.
+#[test]
+fn the_configuration_of_the_readme_is_one() {
+    let readme = include_str!("../../../README.md");
+    let begin = readme.find("[node]\n").unwrap();
+    let text = &readme[begin..begin + readme[begin..].find("\n$ ").unwrap()];
+    let config = load(text).unwrap();
+    assert_eq!((config.devices.len(), config.stores.len(), config.grants.len()), (1, 1, 2));
+}
