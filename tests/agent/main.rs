@@ -32,6 +32,7 @@ mod lab;
 mod late;
 mod limits;
 mod listing;
+mod logged;
 mod migrations;
 mod operations;
 mod owed;

@@ -6,7 +6,10 @@
 //! Spans carry W3C trace context, so that what several agents do for one caller is one trace. There is no exporter here:
 //! the id is `trace_id` of the spans of calls and operations in every line of the log, and in [`Operation.trace_id`](vfio_checkpoint_proto::v1::Operation).
 //!
-//! Blob bytes and keys are never logged.
+//! # Invariants
+//! - What is logged is one thing, and what an agent answers for another: the filter is of the lines alone, and audit lines
+//!   are not under it.
+//! - Blob bytes and keys are never logged.
 
 mod propagation;
 #[cfg(test)]
@@ -19,7 +22,7 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::Layer as _;
-use tracing_subscriber::filter::{EnvFilter, ParseError};
+use tracing_subscriber::filter::{EnvFilter, FilterExt as _, LevelFilter, ParseError, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
@@ -28,6 +31,7 @@ use vfio_checkpoint_client::call::TraceParent;
 pub use propagation::TraceLayer;
 
 use crate::config::{LogFormat, TelemetryConfig};
+use crate::security::audit;
 
 /// Why logging cannot begin.
 #[derive(Debug, thiserror::Error)]
@@ -48,36 +52,50 @@ pub enum TelemetryError {
     Twice(#[from] TryInitError),
 }
 
+/// Which audit lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AuditLines {
+    /// Each, whatever the filter lets through: of an agent.
+    All,
+    /// Those that the filter lets through, as of any other line: nobody answers for what is only shown.
+    Filtered,
+}
+
 /// Sets logging up for this process.
-pub fn begin(config: &TelemetryConfig) -> Result<(), TelemetryError> {
+pub fn begin(config: &TelemetryConfig, audit: AuditLines) -> Result<(), TelemetryError> {
     let colour = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
         && io::IsTerminal::is_terminal(&io::stderr());
-    subscriber(config, colour, io::stderr)?.try_init()?;
+    subscriber(config, audit, colour, io::stderr)?.try_init()?;
     Ok(())
 }
 
 /// What takes in spans and events, and writes lines; text with colours where these are wanted.
 pub fn subscriber<W>(
     config: &TelemetryConfig,
+    audit: AuditLines,
     colour: bool,
     writer: W,
 ) -> Result<impl Subscriber + Send + Sync + 'static, TelemetryError>
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let filter = EnvFilter::builder()
-        .parse(&config.log)
-        .map_err(|source| TelemetryError::Filter { filter: config.log.clone(), source })?;
+    let configured = || {
+        EnvFilter::builder()
+            .parse(&config.log)
+            .map_err(|source| TelemetryError::Filter { filter: config.log.clone(), source })
+    };
+    let always = filter_fn(move |metadata| audit == AuditLines::All && metadata.target() == audit::TARGET)
+        .with_max_level_hint(LevelFilter::INFO);
     let tracer = SdkTracerProvider::builder().build().tracer("vfio-checkpointd");
     let spans = tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_location(false);
-    let registry = tracing_subscriber::registry().with(filter).with(spans);
+    let registry = tracing_subscriber::registry().with(spans.with_filter(configured()?));
     let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     let lines = match config.format {
         LogFormat::Text => lines.with_ansi(colour).boxed(),
         // With the list: the ids are in the span of the operation, and most lines are written in one of an arc.
         LogFormat::Json => lines.json().with_span_list(true).boxed(),
     };
-    Ok(registry.with(lines))
+    Ok(registry.with(lines.with_filter(configured()?.or(always))))
 }
 
 /// The trace that the current span belongs to, as 32 hexadecimal digits, where there is one.
