@@ -9,8 +9,9 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::config::{LogFormat, TelemetryConfig};
 use vfio_checkpoint_server::telemetry::{self, AuditLines};
 
-use crate::flow::{done, save_of, start_save, take};
+use crate::flow::{done, save_of, soon, start_save, take};
 use crate::lab::{Lab, start};
+use crate::pair::Pair;
 
 const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
 
@@ -91,5 +92,29 @@ async fn a_denied_call_is_one_audit_line_whatever_is_logged() {
             (&"audit".into(), &"denied".into()),
             "{log}"
         );
+    }
+}
+
+#[tokio::test]
+async fn a_migration_is_one_trace_where_next_to_nothing_is_logged() {
+    let (lines, _guard) = Lines::logging("error", LogFormat::Json);
+    let pair = Pair::new(1).await;
+    let (source, destination) = pair.migrator().await;
+    let admission = pair.admission(&source).await;
+    let ticket = destination.admit(admission).await.unwrap().ticket;
+    let source = traced(source);
+    let name = source.migrate(pair.request(ticket)).await.unwrap().operation.unwrap().name;
+    let ended = soon(done(&source, &name)).await;
+    assert_eq!((ended.result(), ended.trace_id.as_str()), (v1::OperationResult::Succeeded, TRACE_ID));
+    let arrival = soon(done(&destination, &ended.handover.unwrap().peer_operation)).await;
+    assert_eq!(arrival.trace_id, TRACE_ID, "the destination was told of it");
+    pair.stop().await;
+    // Only audit lines are written, and these are about the trace, too.
+    for line in lines.text().lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(line["target"], "audit", "{line}");
+        if line["fields"]["what"] == "Migrate" || line["fields"]["what"] == "Prepare" {
+            assert_eq!(line["spans"][0]["trace_id"], TRACE_ID, "{line}");
+        }
     }
 }

@@ -7,8 +7,9 @@
 //! the id is `trace_id` of the spans of calls and operations in every line of the log, and in [`Operation.trace_id`](vfio_checkpoint_proto::v1::Operation).
 //!
 //! # Invariants
-//! - What is logged is one thing, and what an agent answers for another: the filter is of the lines alone, and audit lines
-//!   are not under it.
+//! - What is logged is one thing, and what an agent answers for another: the filter is of the lines alone. Traces are not
+//!   under it, audit lines are not, and what is logged says whose it is.
+//! - A span is of a call, an operation, a phase or an arc, never of a chunk: there are as many however much state there is.
 //! - Blob bytes and keys are never logged.
 
 mod propagation;
@@ -19,7 +20,7 @@ use std::io;
 
 use opentelemetry::trace::{TraceContextExt as _, TracerProvider as _};
 use opentelemetry_sdk::trace::SdkTracerProvider;
-use tracing::Subscriber;
+use tracing::{Level, Metadata, Subscriber};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::{EnvFilter, FilterExt as _, LevelFilter, ParseError, filter_fn};
@@ -79,23 +80,33 @@ pub fn subscriber<W>(
 where
     W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
 {
-    let configured = || {
-        EnvFilter::builder()
-            .parse(&config.log)
-            .map_err(|source| TelemetryError::Filter { filter: config.log.clone(), source })
-    };
-    let always = filter_fn(move |metadata| audit == AuditLines::All && metadata.target() == audit::TARGET)
-        .with_max_level_hint(LevelFilter::INFO);
+    let configured = EnvFilter::builder()
+        .parse(&config.log)
+        .map_err(|source| TelemetryError::Filter { filter: config.log.clone(), source })?;
+    let of_traces = filter_fn(is_of_trace).with_max_level_hint(LevelFilter::INFO);
+    // The spans as well, or an error would not say in which operation it was.
+    let always = filter_fn(move |metadata| {
+        is_of_trace(metadata) || audit == AuditLines::All && metadata.target() == audit::TARGET
+    })
+    .with_max_level_hint(LevelFilter::INFO);
     let tracer = SdkTracerProvider::builder().build().tracer("vfio-checkpointd");
     let spans = tracing_opentelemetry::layer().with_tracer(tracer).with_threads(false).with_location(false);
-    let registry = tracing_subscriber::registry().with(spans.with_filter(configured()?));
+    let registry = tracing_subscriber::registry().with(spans.with_filter(of_traces));
     let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     let lines = match config.format {
         LogFormat::Text => lines.with_ansi(colour).boxed(),
         // With the list: the ids are in the span of the operation, and most lines are written in one of an arc.
         LogFormat::Json => lines.json().with_span_list(true).boxed(),
     };
-    Ok(registry.with(lines.with_filter(configured()?.or(always))))
+    Ok(registry.with(lines.with_filter(configured.or(always))))
+}
+
+/// Whether it is one of the spans that carry trace context: those of this project, which are few. The libraries below have
+/// spans of each frame.
+fn is_of_trace(metadata: &Metadata<'_>) -> bool {
+    // The crates and the programs.
+    const OURS: &str = "vfio_checkpoint";
+    metadata.is_span() && *metadata.level() <= Level::INFO && metadata.target().starts_with(OURS)
 }
 
 /// The trace that the current span belongs to, as 32 hexadecimal digits, where there is one.
