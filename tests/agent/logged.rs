@@ -1,8 +1,9 @@
 //! What agents log, and what goes on just the same where they are told to log little.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use serde_json::Value;
+use tracing::Dispatch;
 use tracing::subscriber::DefaultGuard;
 use vfio_checkpoint_client::call::{CallOptions, Client};
 use vfio_checkpoint_proto::v1;
@@ -22,6 +23,16 @@ struct Lines(Arc<Mutex<Vec<u8>>>);
 impl Lines {
     /// Logs as `telemetry.log` says, on this thread: a test that looks at the lines of an agent runs on one.
     fn logging(log: &str, format: LogFormat) -> (Self, DefaultGuard) {
+        // While at most one subscriber lives, tracing asks the thread that comes first whether an event is wanted, and
+        // remembers a no for all threads. Two that never end, and it asks every subscriber.
+        static NEVER_ALONE: LazyLock<[Dispatch; 2]> = LazyLock::new(|| {
+            [(); 2].map(|()| {
+                let telemetry = TelemetryConfig::default();
+                let subscriber = telemetry::subscriber(&telemetry, AuditLines::All, false, std::io::sink);
+                Dispatch::new(subscriber.unwrap())
+            })
+        });
+        LazyLock::force(&NEVER_ALONE);
         let lines = Self::default();
         let writer = lines.clone();
         let telemetry = TelemetryConfig { log: log.to_owned(), format };

@@ -12,7 +12,7 @@ use vfio_checkpoint_proto::ids::KeyHash;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
-use super::{Refusal, audit, messages, open, say, spec, to_its_end};
+use super::{Asked, Refusal, audit, messages, open, say, spec, to_its_end};
 use crate::core::Core;
 use crate::operation::{Entry, Starter};
 use crate::security::authorize::Caller;
@@ -35,14 +35,14 @@ impl Migrations {
     async fn audited<T: Send + 'static>(
         &self,
         caller: &Caller,
-        line: Option<(&'static str, String)>,
+        line: Option<Asked>,
         change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
     ) -> Result<T, Refusal> {
         let caller = caller.clone();
         let change = async move {
             let done = change.await;
-            if let Some((action, resource)) = line {
-                audit(&caller, action, &resource, &done);
+            if let Some(asked) = line {
+                audit(&caller, &asked, &done);
             }
             done
         };
@@ -74,12 +74,12 @@ impl MigrationService for Migrations {
 
     async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
+        let asked = Asked::new("Admit", wire.devices.join(","));
         let admitted = (|| {
             let spec: AdmitSpec = spec(wire)?;
             self.core.admit_source(spec, caller.identity.to_string())
         })();
-        audit(&caller, "Admit", &resource, &admitted);
+        audit(&caller, &asked, &admitted);
         let admitted = admitted?;
         Ok(Response::new(v1::AdmitResponse {
             ticket: bytes::Bytes::copy_from_slice(&admitted.ticket.0),
@@ -93,7 +93,8 @@ impl MigrationService for Migrations {
         request: Request<v1::MigrateRequest>,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = (!wire.validate_only).then(|| ("Migrate", wire.devices.join(",")));
+        let line = (!wire.validate_only)
+            .then(|| Asked::new("Migrate", wire.devices.join(",")).by_request(&wire.request_id));
         let (core, by) = (Arc::clone(&self.core), caller.clone());
         let starting = Box::pin(async move {
             let digest = body_digest(&wire);
@@ -115,13 +116,13 @@ impl MigrationService for Migrations {
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let (caller, wire) = open(request)?;
         let said = say(&self.core, &caller, &wire.operation, Entry::commit);
-        audit(&caller, "Commit", &wire.operation, &said);
+        audit(&caller, &Asked::new("Commit", &wire.operation), &said);
         Ok(Response::new(v1::CommitResponse { operation: Some(messages::operation(&*said?)) }))
     }
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::ReadyResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = Some(("Ready", wire.operation.clone()));
+        let line = Some(Asked::new("Ready", &wire.operation));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let is_admin = caller.roles.contains(Role::Admin);
         let said = self.audited(&caller, line, async move {
@@ -145,7 +146,7 @@ impl MigrationService for Migrations {
             wire.accept_loss,
             wire.statement.escape_default().take(1024).collect::<String>()
         );
-        let line = (!wire.validate_only).then_some(("Resolve", resource));
+        let line = (!wire.validate_only).then(|| Asked::new("Resolve", resource));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by).await });
         let resolved = resolved.await?;
@@ -167,7 +168,7 @@ impl MigrationService for Migrations {
         request: Request<v1::PrepareRequest>,
     ) -> Result<Response<v1::PrepareResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = (!wire.validate_only).then(|| ("Prepare", wire.devices.join(",")));
+        let line = (!wire.validate_only).then(|| Asked::new("Prepare", wire.devices.join(",")));
         let (core, key) = (Arc::clone(&self.core), key(&caller));
         let starter = Starter {
             caller: caller.identity.to_string(),
@@ -198,7 +199,7 @@ impl MigrationService for Migrations {
         request: Request<v1::CommitHandoverRequest>,
     ) -> Result<Response<v1::CommitHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = Some(("CommitHandover", wire.operation.clone()));
+        let line = Some(Asked::new("CommitHandover", &wire.operation));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let told = self.audited(&caller, line, async move { core.commit_handover(spec(wire)?, &by).await });
         let told = told.await?;
@@ -218,7 +219,7 @@ impl MigrationService for Migrations {
                 wire.reason.chars().take(1024).map(|c| if c.is_control() { ' ' } else { c }).collect();
             self.core.abandon_handover(&name, &caller.identity.to_string(), &secret, reason)
         })();
-        audit(&caller, "AbandonHandover", &wire.operation, &told);
+        audit(&caller, &Asked::new("AbandonHandover", &wire.operation), &told);
         Ok(Response::new(v1::AbandonHandoverResponse { handover: Some(messages::handover_record(&told?)) }))
     }
 
@@ -228,7 +229,7 @@ impl MigrationService for Migrations {
     ) -> Result<Response<v1::GetHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
         let told = if wire.settled {
-            let line = Some(("GetHandover settled", wire.operation.clone()));
+            let line = Some(Asked::new("GetHandover settled", &wire.operation));
             let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
             let settled = self.audited(&caller, line, async move {
                 let name = operation_name("operation", &wire.operation)?;

@@ -120,13 +120,33 @@ fn say(
     Ok(entry)
 }
 
+/// What a call is to do, for the audit line of what became of it.
+#[derive(Debug)]
+struct Asked {
+    action: &'static str,
+    resource: String,
+    request_id: Option<String>,
+}
+
+impl Asked {
+    /// `action` on `resource`, as the caller names it.
+    fn new(action: &'static str, resource: impl Into<String>) -> Self {
+        Self { action, resource: resource.into(), request_id: None }
+    }
+
+    /// The same, by a request that may have an id.
+    fn by_request(self, request_id: &str) -> Self {
+        Self { request_id: Some(request_id.to_owned()), ..self }
+    }
+}
+
 /// One line for what the caller made of its authority.
-fn audit<T>(caller: &Caller, action: &str, resource: &str, done: &Result<T, Refusal>) {
+fn audit<T>(caller: &Caller, asked: &Asked, done: &Result<T, Refusal>) {
     let result = match done {
         Ok(_) => AuditResult::Succeeded,
         Err(refusal) => AuditResult::Failed { reason: refusal.reason().as_reason() },
     };
-    audit::record(caller, action, resource, result);
+    audit::record(caller, asked.action, &asked.resource, asked.request_id.as_deref(), result);
 }
 
 /// The message of a request with its caller.
