@@ -11,6 +11,8 @@
 //! What is still under way when the grace is over is left to the agent's next start, which the journal and the holder
 //! make safe; that is also how a kill ends.
 
+mod end;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -38,7 +40,6 @@ use crate::config::AgentConfig;
 use crate::core::Core;
 use crate::counted::counted;
 use crate::environment::Environment;
-use crate::operation::{Cancel, Entry, Phase};
 use crate::rpc::{Bulk, Checkpoints, Devices, Migrations, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
 use crate::security::authorize::AuthorizeLayer;
@@ -48,6 +49,7 @@ use crate::security::peers::{PeerLimits, PeerRegistry};
 use crate::security::reload::TlsSource;
 use crate::security::roles::{Policy, PolicyHandle};
 use crate::telemetry::TraceLayer;
+use end::{LAST_CALLS, close, undo_all};
 
 /// What a stream may have under way before its reader must say that it goes on. Enough for a fast link, and the bound on
 /// what a peer that sends and never listens can make the agent keep.
@@ -262,8 +264,8 @@ impl Agent {
     }
 
     /// Ends it: nothing is admitted any more, what runs is undone, what is held stays held where a holder keeps its
-    /// devices, and is undone where none does. When this returns its connections and tasks are over and its journal is
-    /// closed: another agent can begin.
+    /// devices, and is undone where none does. When this returns its connections and tasks are over, its devices are closed
+    /// and so is its journal: another agent can begin.
     pub async fn stop(self) -> Result<(), ServeError> {
         let Self { core, reporter, telling, peers, stop, mut serving, helpers, .. } = self;
         let grace = core.config.server.shutdown_grace;
@@ -295,7 +297,7 @@ impl Agent {
         }
         peers.cut("the agent ends", |_| true);
         core.tasks.end().await;
-        close(core).await;
+        close(core, grace).await;
         match ended {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(ServeError::Grpc(error)),
@@ -304,29 +306,8 @@ impl Agent {
     }
 }
 
-/// Gives back what an agent has for itself alone: its journal and its holder.
-async fn close(core: Arc<Core>) {
-    let (journal, keeper, environment) =
-        (core.journal.clone(), core.keeper.clone(), core.environment.clone());
-    let gone = core.gone();
-    drop(core);
-    tokio::select! {
-        biased;
-        () = gone => {}
-        () = environment.sleep(LAST_CALLS) => {
-            tracing::warn!("a call is not over yet; until then the journal stays locked by this process");
-        }
-    }
-    if let Some(keeper) = keeper {
-        keeper.hang_up().await;
-    }
-    journal.settled().await;
-}
-
 /// How often certificates are read again, where nothing is configured.
 const DEFAULT_RELOAD: Duration = Duration::from_secs(30);
-/// How long calls have to end once nothing is under way any more.
-const LAST_CALLS: Duration = Duration::from_secs(2);
 
 fn tls_source(config: &AgentConfig, environment: &Environment) -> Result<TlsSource, ServeError> {
     let files = TlsFiles {
@@ -414,60 +395,4 @@ async fn set_not_serving(reporter: &HealthReporter) {
     reporter.set_not_serving::<CheckpointServiceServer<Checkpoints>>().await;
     reporter.set_not_serving::<MigrationServiceServer<Migrations>>().await;
     reporter.set_not_serving::<OperationServiceServer<OperationsService>>().await;
-}
-
-/// Undoes every operation that is under way, except those that are held, and whose devices the holder has.
-async fn undo_all(core: &Core) {
-    let kept = match &core.keeper {
-        Some(keeper) => keeper.held().await.unwrap_or_else(|error| {
-            tracing::error!(error = %chain(&error), "the holder cannot be asked, so what is held is undone");
-            Vec::new()
-        }),
-        None => Vec::new(),
-    };
-    let is_kept = |entry: &Entry| entry.device_names().all(|name| kept.iter().any(|kept| kept == name.id()));
-    let mut running = core.operations.running();
-    loop {
-        let mut left = 0;
-        for entry in core.operations.active() {
-            // Nobody can undo anything on a device that does not answer: the next agent takes it up. Nor about what another
-            // agent has been told to run; but where nobody keeps it here its answer is waited for, as long as there is time.
-            let phase = entry.view().phase;
-            let stays = match phase {
-                Phase::Held => true,
-                Phase::Prepared => !entry.fixed.job.gives(),
-                Phase::Committing => entry.fixed.job.gives(),
-                Phase::WaitingForStream
-                | Phase::Preparing
-                | Phase::PreCopy
-                | Phase::WaitingForCutover
-                | Phase::Stopping
-                | Phase::StopCopy
-                | Phase::Sealing
-                | Phase::Marking
-                | Phase::Loading
-                | Phase::Verifying
-                | Phase::Resuming
-                | Phase::LettingGo
-                | Phase::Unwinding
-                | Phase::Done => false,
-            };
-            if entry.signals.waits_for_device() || stays && is_kept(&entry) {
-                continue;
-            }
-            left += 1;
-            if let Err(refused) = entry.cancel(Cancel::ShuttingDown) {
-                tracing::debug!(operation = %entry.fixed.name, %refused, "ends by itself");
-            }
-        }
-        if left == 0 {
-            return;
-        }
-        tokio::select! {
-            biased;
-            changed = running.changed() => if changed.is_err() { return },
-            // A hold may have begun, or an operation come to where it can be undone.
-            () = core.environment.sleep(Duration::from_millis(50)) => {}
-        }
-    }
 }

@@ -47,6 +47,7 @@ mod roles;
 mod rude;
 mod save_restore;
 mod saves;
+mod stopped;
 mod stored;
 mod streams;
 mod told;

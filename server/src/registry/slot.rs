@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use vfio_checkpoint_device::address::DeviceAddress;
 use vfio_checkpoint_device::kernel::KernelPath;
+use vfio_checkpoint_device::lane::Closing;
 use vfio_checkpoint_device::sim::SimDevice;
 use vfio_checkpoint_device::{Backend, Call, DataSize, DeviceLane, Fingerprint, driver};
 use vfio_checkpoint_fsm::State;
@@ -22,6 +23,7 @@ pub struct Slot {
     path: Option<KernelPath>,
     environment: Environment,
     lane: Mutex<Option<DeviceLane>>,
+    closing: Mutex<Option<Closing>>,
     sim: Mutex<Option<SimDevice>>,
     /// Who has the device log the pages that it writes: reading the log clears it, so it is one caller's alone.
     log_owner: Mutex<Option<String>>,
@@ -86,6 +88,7 @@ impl Slot {
             path: None,
             environment,
             lane,
+            closing: Mutex::new(None),
             sim,
             log_owner: Mutex::new(None),
             view,
@@ -117,6 +120,16 @@ impl Slot {
     /// The device on its lane, where it is open.
     pub fn lane(&self) -> Option<DeviceLane> {
         self.locked().clone()
+    }
+
+    /// When what was opened of it last is closed, taken in or not.
+    pub fn closing(&self) -> Option<Closing> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its device is open, on this lane; whether it is taken in will be seen.
+    pub(super) fn has_lane(&self, lane: &DeviceLane) {
+        *self.closing.lock().unwrap_or_else(PoisonError::into_inner) = Some(lane.closing());
     }
 
     /// The simulated device behind it, where it is one: what it holds can be told, as of no real device.
