@@ -18,9 +18,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_stream::Stream;
 
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -38,7 +40,7 @@ use vfio_checkpoint_proto::v1::operation_service_server::OperationServiceServer;
 use crate::boot::{BootError, boot};
 use crate::config::AgentConfig;
 use crate::core::Core;
-use crate::counted::counted;
+use crate::counted::{Count, Counted, counted};
 use crate::environment::Environment;
 use crate::rpc::{Bulk, Checkpoints, Devices, Migrations, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
@@ -49,7 +51,7 @@ use crate::security::peers::{PeerLimits, PeerRegistry};
 use crate::security::reload::TlsSource;
 use crate::security::roles::{Policy, PolicyHandle};
 use crate::telemetry::TraceLayer;
-use end::{LAST_CALLS, close, undo_all};
+use end::{LAST_CALLS, close, left, shut, undo_all};
 
 /// What a stream may have under way before its reader must say that it goes on. Enough for a fast link, and the bound on
 /// what a peer that sends and never listens can make the agent keep.
@@ -113,7 +115,9 @@ pub struct Agent {
     peers: PeerRegistry,
     stop: watch::Sender<bool>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
-    helpers: Vec<JoinHandle<()>>,
+    accepting: JoinHandle<()>,
+    health: Option<(JoinHandle<()>, Count)>,
+    helpers: JoinSet<()>,
 }
 
 impl Agent {
@@ -135,7 +139,7 @@ impl Agent {
         let core = boot(Arc::clone(&config), environment, Some(tls.clone())).await?;
 
         let server = &config.server;
-        let peers = PeerRegistry::start(
+        let (peers, enforcing) = PeerRegistry::new(
             tls.clone(),
             PeerLimits {
                 max_connections: server.max_connections,
@@ -192,23 +196,22 @@ impl Agent {
                     .build_v1()
                     .map_err(ServeError::Reflection)?,
             );
-        let serving =
-            tokio::spawn(routes.serve_with_incoming_shutdown(listener.incoming(), said(stopped.clone())));
+        let (incoming, accepting) = listener.incoming();
+        let accepting = tokio::spawn(accepting);
+        let serving = tokio::spawn(routes.serve_with_incoming_shutdown(incoming, said(stopped.clone())));
 
         let telling = tokio::spawn(tell_of_journal(core.journal.failing(), reporter.clone()));
-        let mut helpers = Vec::new();
+        let mut helpers = JoinSet::new();
+        helpers.spawn(enforcing);
         let interval = config.tls.reload_interval.unwrap_or(DEFAULT_RELOAD);
-        helpers.push(tokio::spawn(tls.clone().poll(interval)));
+        helpers.spawn(tls.clone().poll(interval));
         let health_address = health_listening.as_ref().and_then(|listening| listening.local_address().ok());
-        if let Some(listening) = health_listening {
-            helpers.push(tokio::spawn(serve_health(listening, health, said(stopped))));
-        }
-        tracing::info!(
-            %address,
-            ?health_address,
-            devices = config.devices.len(),
-            "serving"
-        );
+        let health = health_listening.map(|listening| {
+            let count = Count::new();
+            let incoming = counted(listening, count.clone());
+            (tokio::spawn(serve_health(incoming, health, said(stopped))), count)
+        });
+        tracing::info!(%address, ?health_address, devices = config.devices.len(), "serving");
         Ok(Self {
             core,
             address,
@@ -220,6 +223,8 @@ impl Agent {
             peers,
             stop,
             serving,
+            accepting,
+            health,
             helpers,
         })
     }
@@ -267,7 +272,7 @@ impl Agent {
     /// devices, and is undone where none does. When this returns its connections and tasks are over, its devices are closed
     /// and so is its journal: another agent can begin.
     pub async fn stop(self) -> Result<(), ServeError> {
-        let Self { core, reporter, telling, peers, stop, mut serving, helpers, .. } = self;
+        let Self { core, reporter, telling, peers, stop, serving, accepting, health, mut helpers, .. } = self;
         let grace = core.config.server.shutdown_grace;
         core.begin_ending();
         telling.abort();
@@ -284,24 +289,28 @@ impl Agent {
         clear_status(reporter).await;
         stop.send_replace(true);
         // Watchers and waiters may hold their calls for ever.
-        let ended = tokio::select! {
-            biased;
-            ended = &mut serving => ended,
-            () = core.environment.sleep(LAST_CALLS) => {
-                serving.abort();
-                Ok(Ok(()))
-            }
-        };
-        for helper in helpers {
-            helper.abort();
-        }
+        let environment = core.environment.clone();
+        let late = async move { environment.sleep(LAST_CALLS).await }.boxed().shared();
+        let ended = shut(serving, late.clone()).await;
         peers.cut("the agent ends", |_| true);
+        let health = match health {
+            Some((serving, count)) => {
+                // How it ended it has said.
+                let _ = shut(serving, late).await;
+                Some(count)
+            }
+            None => None,
+        };
         core.tasks.end().await;
+        left(&core.environment, &peers, health).await;
+        // It was over when there was nobody left to accept for.
+        let _ = accepting.await;
+        helpers.shutdown().await;
         close(core, grace).await;
         match ended {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(ServeError::Grpc(error)),
-            Err(_) => Err(ServeError::Died),
+            None | Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(error))) => Err(ServeError::Grpc(error)),
+            Some(Err(_)) => Err(ServeError::Died),
         }
     }
 }
@@ -334,7 +343,7 @@ async fn said(mut stopped: watch::Receiver<bool>) {
 
 /// The plain listener. It has a single service, and small limits: whoever reaches the port can call it.
 async fn serve_health<H: Health>(
-    listening: Box<dyn network::Listener>,
+    incoming: impl Stream<Item = io::Result<Counted>>,
     health: HealthServer<H>,
     stopped: impl Future<Output = ()>,
 ) {
@@ -347,7 +356,7 @@ async fn serve_health<H: Health>(
         .max_connection_age(Duration::from_mins(5))
         .max_connection_age_grace(Duration::from_secs(5))
         .add_service(health.max_decoding_message_size(4 << 10))
-        .serve_with_incoming_shutdown(counted(listening), stopped)
+        .serve_with_incoming_shutdown(incoming, stopped)
         .await;
     if let Err(error) = served {
         tracing::error!(error = %chain(&error), "the health listener ended");

@@ -273,8 +273,7 @@ async fn save(
     let giver = if caller.entry.is_manual() { giver.with_cutover() } else { giver };
     let core = &caller.core;
     let seal_timeout = core.config.server.seal_timeout;
-    let mut sink =
-        WireSink::new(giver, Arc::clone(&caller.entry), &core.environment, idle_timeout, seal_timeout);
+    let mut sink = WireSink::new(giver, Arc::clone(&caller.entry), core, idle_timeout, seal_timeout);
     caller.stream = Some(sink.watch());
     let saved = operation::save(lanes, terms, &caller, &mut sink).await;
     if let Err(error) = &saved {
@@ -307,7 +306,7 @@ async fn migrate(
     // The destination may wait for its own workload before it says that it has all.
     let seal_timeout = core.config.server.seal_timeout.max(terms.hold_limit);
     let entry = Arc::clone(&caller.entry);
-    let wire = WireSink::new(giver, entry, &core.environment, idle_timeout, seal_timeout);
+    let wire = WireSink::new(giver, entry, &core, idle_timeout, seal_timeout);
     let watch = wire.watch();
     caller.stream = Some(watch.clone());
     let mut sink = HandoverSink::new(wire, offer);

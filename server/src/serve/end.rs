@@ -2,6 +2,8 @@
 //!
 //! ```text
 //!   undo_all: cancel each operation, but what is held and kept --> none left, or the grace is over
+//!   shut:     a door's calls end by themselves --> over, or late: aborted
+//!   left:     connections were cut --> each is over
 //!   close:    the last of Core dropped --> each lane closes its device --> holder hung up --> journal settled
 //! ```
 //! # Failure paths
@@ -10,12 +12,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::task::{JoinError, JoinHandle};
 use vfio_checkpoint_device::chain;
 use vfio_checkpoint_device::lane::Closing;
 
 use crate::core::Core;
+use crate::counted::Count;
+use crate::environment::Environment;
 use crate::operation::{Cancel, Entry, Phase};
 use crate::registry::Slot;
+use crate::security::peers::PeerRegistry;
 
 /// How long calls have to end once nothing is under way any more.
 pub(super) const LAST_CALLS: Duration = Duration::from_secs(2);
@@ -73,6 +79,35 @@ pub(super) async fn undo_all(core: &Core) {
             // A hold may have begun, or an operation come to where it can be undone.
             () = core.environment.sleep(Duration::from_millis(50)) => {}
         }
+    }
+}
+
+/// Waits for a door to close by itself, and closes it once `late` is ready: None then.
+pub(super) async fn shut<T>(
+    mut door: JoinHandle<T>,
+    late: impl Future<Output = ()>,
+) -> Option<Result<T, JoinError>> {
+    tokio::select! {
+        biased;
+        ended = &mut door => return Some(ended),
+        () = late => door.abort(),
+    }
+    let _ = door.await;
+    None
+}
+
+/// Waits until the connections are over: those of peers, which were cut, and those of `health`, which are by this.
+pub(super) async fn left(environment: &Environment, peers: &PeerRegistry, health: Option<Count>) {
+    let over = async {
+        peers.all_left().await;
+        if let Some(count) = health {
+            count.cut().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = over => {}
+        () = environment.sleep(LAST_CALLS) => tracing::warn!("a connection that was cut is not over yet"),
     }
 }
 

@@ -139,8 +139,13 @@ impl Attached {
         // Before the answer: whoever has that may come back.
         let reserved = entry.reserve(Opener { stream, identity: self.opener.clone() });
         let (link, terms) = self.agree(config, Half::Takes, stream, manifest).await;
-        let comeback =
-            Comeback::new(reserved, opened, core.environment.clone(), config.server.stream_resume_window);
+        let comeback = Comeback::new(
+            reserved,
+            opened,
+            core.environment.clone(),
+            core.tasks.clone(),
+            config.server.stream_resume_window,
+        );
         WireSource::resumable(Taker::new(link, terms), Arc::clone(entry), comeback)
     }
 }

@@ -25,6 +25,7 @@ use vfio_checkpoint_proto::frame::Accepted;
 
 use super::relink::{self, Completed};
 use super::{Attached, capture_from_wire};
+use crate::core::Tasks;
 use crate::environment::Environment;
 use crate::failpoint::reached;
 use crate::operation::{Entry, Reserved};
@@ -47,6 +48,7 @@ pub(super) struct Comeback {
     /// What it was told at first.
     opened: StreamOpened,
     environment: Environment,
+    tasks: Tasks,
     window: Duration,
 }
 
@@ -55,9 +57,10 @@ impl Comeback {
         reserved: Reserved,
         opened: StreamOpened,
         environment: Environment,
+        tasks: Tasks,
         window: Duration,
     ) -> Self {
-        Self { reserved, opened, environment, window }
+        Self { reserved, opened, environment, tasks, window }
     }
 
     /// Goes on with another connection of the stream. One that is gone before it was answered changes nothing, and false
@@ -79,7 +82,7 @@ impl Comeback {
         let late = self.reserved.complete(completed);
         let (environment, forgetting) = (self.environment.clone(), self.reserved.forgetting());
         let patience = self.opened.limits.idle_timeout.saturating_add(self.window);
-        tokio::spawn(async move {
+        self.tasks.spawn(async move {
             environment.sleep(patience).await;
             forgetting.forget();
         });

@@ -14,6 +14,7 @@ use vfio_checkpoint_proto::v1::{StreamAck, StreamMessage};
 use vfio_checkpoint_proto::version::Version;
 
 use super::*;
+use crate::core::Tasks;
 use crate::environment::UnixMillis;
 use crate::operation::record::JobRecord;
 use crate::operation::{Fixed, Opener, Refused};
@@ -108,7 +109,8 @@ fn source(window: Duration) -> (WireSource, Arc<Entry>, Giver, Framer) {
     };
     let entry = Arc::new(Entry::new(fixed, None, UnixMillis(1)).0);
     let (Attached { link, .. }, giver) = connection();
-    let comeback = Comeback::new(entry.reserve(id()), opened(), Environment::production(), window);
+    let comeback =
+        Comeback::new(entry.reserve(id()), opened(), Environment::production(), Tasks::default(), window);
     let taker = Taker::new(link, Terms::of(&opened()));
     let framer = Framer::new(STREAM, 1, &opened().limits);
     (WireSource::resumable(taker, Arc::clone(&entry), comeback), entry, giver, framer)
