@@ -39,7 +39,7 @@ pub(super) struct End {
     rate_bytes_per_second: Option<u64>,
     /// The devices whose state is gone, where it is not that of all.
     lost: Option<Vec<DeviceName>>,
-    /// The devices that were reset, and so run, where the others stay stopped.
+    /// Devices that were seen to be reset: they run, also where the others stay stopped, and carry nothing of what they had.
     reset: Vec<DeviceName>,
     /// Whether its devices were there to the end.
     kept: bool,
@@ -64,6 +64,12 @@ impl End {
             kept: true,
             let_go: false,
         }
+    }
+
+    /// The same, where what the operation had is gone from every device, also from one that could not be brought back.
+    pub(super) fn of_all(mut self) -> Self {
+        self.lost = None;
+        self
     }
 
     fn because(

@@ -1,10 +1,11 @@
-//! A device that is not there when its agent is back: it cannot be taken over yet, or is not configured any more. Whatever
-//! the holder keeps of it stays as it was, and nothing of it runs by mistake later.
+//! A device that is not there when its agent is back: it cannot be taken over yet, is not configured any more, or its process
+//! has died. Whatever the holder keeps of it stays as it was, and nothing of it runs by mistake later.
 //!
 //! ```text
 //!   source, COMMITTING      the destination runs it; found again: quarantined, and good for nothing but a reset
 //!   destination, RUNNING    BROKEN: nobody can say that it does not run, so the source resumes only past a statement
 //!   destination, HELD       REFUSED: it was never told to run, and stays quarantined until somebody resets it
+//!   half of a set is dead   destination, RUNNING: LOST; REVERTING: REFUSED; the other half is reset, and is somebody new
 //! ```
 
 use rustix::process::Signal;
@@ -13,12 +14,13 @@ use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_proto::v1;
 
 use super::settle::After;
-use super::{Move, Pair, becomes};
+use super::{Move, NAMES, Pair, becomes};
 use crate::faulty::Faulty;
 use crate::figure;
 use crate::here::{RETRY, begin};
 use crate::job::done;
 use crate::lab::PATIENCE;
+use crate::world::MEMORY;
 
 impl Pair {
     /// Begins a migration, and kills one side where it comes to a step.
@@ -188,7 +190,7 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
 async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     let mut pair = Pair::new(2, true).await;
     let (home, away, job) = (pair.home, pair.away(), Move::new(false));
-    pair.watch.refuse(&format!("{}/1", super::NAMES[away]), "RUNNING");
+    pair.watch.refuse(&format!("{}/1", NAMES[away]), "RUNNING");
     // Once more than without a quarantine: the step stays, and the devices' records change.
     pair.nodes[away].arm("after commit of RUNNING", 2).await;
     let driving = pair.driven(&job).await;
@@ -207,4 +209,31 @@ async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     assert!(operation.handover.as_ref().unwrap().in_doubt, "{operation:?}");
     pair.watch.check(&pair.own, pair.kept_since);
     figure("1 set of which a part ran, killed before it was told: BROKEN");
+}
+
+/// One of the two device processes of a destination dies with its agent. The other device is reset: what was on record to run
+/// in it is not there, and is not told to be.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_kept_of_a_set_that_arrived_is_somebody_new() {
+    for (point, after) in
+        [("after commit of RUNNING", After::Resolved), ("after commit of REVERTING", After::Stays)]
+    {
+        let mut pair = Pair::new(2, true).await;
+        let (away, job, lives) = (pair.away(), Move::new(false), pair.lives.clone());
+        if after == After::Stays {
+            pair.watch.refuse(&format!("{}/1", NAMES[away]), "RUNNING_P2P");
+        }
+        pair.dies(&job, away, point).await;
+        pair.nodes[away].kill_device(1);
+        // Another process in its place, before the agent looks.
+        pair.nodes[away].start_device(1, &format!("sim:seed=2,{MEMORY}")).await;
+        pair.start(away).await;
+        pair.settle(&job, after).await;
+        let there = pair.nodes[away].client().await;
+        for (device, life) in pair.nodes[away].devices(&there).await.into_iter().zip(lives) {
+            assert_ne!(device.logical_device.as_ref().unwrap().id, life.id, "{point}: {device:?}");
+        }
+        pair.moves(&Move::new(false)).await;
+    }
+    figure("2 arrivals of which half died with the agent: the other half was reset, and is somebody new");
 }

@@ -175,7 +175,10 @@ impl End {
                     (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 EndOutcome::Replaced => (device.logical.clone(), device.epoch),
-                EndOutcome::StateLost if self.lost.as_ref().is_some_and(|lost| !lost.contains(name)) => {
+                EndOutcome::StateLost
+                    if self.lost.as_ref().is_some_and(|lost| !lost.contains(name))
+                        && !self.reset.contains(name) =>
+                {
                     (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 // Nothing of what was here lives on, or lives on elsewhere: whatever runs now is somebody new.
