@@ -133,6 +133,8 @@ async fn a_set_that_partly_runs_stays_quarantined() {
         let ended = done(&client, &name).await.unwrap();
         assert_eq!(ended.result(), v1::OperationResult::Failed, "{ended:?}");
         assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
+        let runs = world.devices(&client).await.remove(0);
+        assert_eq!(runs.logical_device, ended.devices[0].logical_device, "{point}: it runs on as what it is");
         for device in world.devices(&client).await {
             assert_eq!(device.operation, "", "{device:?}");
             assert_eq!(device.standing(), v1::DeviceStanding::Quarantined, "{device:?}");

@@ -403,6 +403,7 @@ impl EntryCaller {
 
     async fn record_running(&self) -> Result<(), BoxError> {
         self.check_newest()?;
+        self.entry.set_told_to_run();
         let changes = self.devices(|device, before| {
             let (logical, epoch) = (device.logical.clone(), device.epoch);
             self.core.back_to_life(DeviceRecord { logical, epoch, ..before })

@@ -253,7 +253,7 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
                 device,
             )
         }
-        OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
+        OperationError::Failed { cause, outcome, quarantined, reset, checkpoint } => {
             let outcome = match outcome {
                 Outcome::Preserved => EndOutcome::Preserved,
                 Outcome::StateLost => EndOutcome::StateLost,
@@ -261,6 +261,7 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
             let (reason, device) = reason(lease, entry, cause);
             let mut end = End::new(result, outcome).because(reason, chain(error), device);
             end.quarantined = quarantined.iter().filter_map(|device| name_of(lease, device)).collect();
+            end.reset = reset.iter().filter_map(|device| name_of(lease, device)).collect();
             end.consistency = checkpoint.map(|validity| match validity {
                 Validity::Consistent => Consistency::Consistent,
                 Validity::Inconsistent => Consistency::Inconsistent,

@@ -6,6 +6,7 @@ mod seat;
 mod tests;
 mod view;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +42,8 @@ pub struct Entry {
     seat: Mutex<StreamSeat>,
     /// What the journal says of it: the phase that its caller sees says less.
     on_record: Mutex<RecordedStep>,
+    /// Whether its devices were told to run what it brings. It says nothing of an earlier life of the agent.
+    told_to_run: AtomicBool,
     /// Held while something of it is put on record, so that what is written last is what is true last.
     pub(crate) recording: tokio::sync::Mutex<()>,
 }
@@ -190,6 +193,7 @@ impl Entry {
             stopped: Mutex::default(),
             seat: Mutex::new(seat),
             on_record: Mutex::new(RecordedStep::Admitted),
+            told_to_run: AtomicBool::new(false),
             recording: tokio::sync::Mutex::default(),
         }
     }
@@ -202,6 +206,16 @@ impl Entry {
     /// The journal says so from now on.
     pub(crate) fn set_on_record(&self, step: RecordedStep) {
         *self.on_record.lock().unwrap_or_else(PoisonError::into_inner) = step;
+    }
+
+    /// Its devices are about to be told to run what it brings.
+    pub(super) fn set_told_to_run(&self) {
+        self.told_to_run.store(true, Ordering::Release);
+    }
+
+    /// Whether its devices were told to run what it brings, in this life of the agent.
+    pub(super) fn is_told_to_run(&self) -> bool {
+        self.told_to_run.load(Ordering::Acquire)
     }
 
     /// Takes in what became of the hand-over.

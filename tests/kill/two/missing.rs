@@ -33,6 +33,19 @@ impl Pair {
         let _ = driving.await;
     }
 
+    /// Has an admin let go of the devices of a migration in doubt.
+    async fn lets_go(&self, client: &Client, operation: &str) -> v1::Operation {
+        let let_go = v1::ResolveRequest {
+            operation: operation.to_owned(),
+            resolution: v1::Resolution::LetGo.into(),
+            accept_loss: true,
+            statement: "what is there is enough".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(client.resolve(let_go).await.unwrap().refused, "");
+        done(client, operation).await.unwrap()
+    }
+
     /// The migration, once its source knows how it ended.
     async fn over(&self, client: &Client, job: &Move) -> v1::Operation {
         let name = self.recorded(client, job).await.expect("it was begun").name;
@@ -165,17 +178,11 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
     pair.nodes[away].restore_config(&config);
     pair.start(away).await;
     pair.watch.check(&pair.own, pair.kept_since);
-    let let_go = v1::ResolveRequest {
-        operation: name.clone(),
-        resolution: v1::Resolution::LetGo.into(),
-        accept_loss: true,
-        statement: "the destination's device runs".to_owned(),
-        ..Default::default()
-    };
-    assert_eq!(client.resolve(let_go).await.unwrap().refused, "");
-    done(&client, &name).await.unwrap();
+    pair.lets_go(&client, &name).await;
     let looking = pair.nodes[away].client().await;
     let device = pair.nodes[away].devices(&looking).await.remove(0);
+    let runs = device.logical_device.clone().unwrap();
+    assert_eq!((runs.id, runs.epoch), (pair.lives[0].id.clone(), pair.lives[0].epoch + 1));
     assert_eq!(
         (device.standing(), device.state()),
         (v1::DeviceStanding::Quarantined, v1::MigrationState::Running),
@@ -185,11 +192,13 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
     figure("1 arrival whose device was not configured any more: BROKEN, and resumed by no word alone");
 }
 
-/// A device of a set does not start, and the agent dies before it has told anybody.
+/// A device of a set does not start, and the agent dies before it has told anybody. The source is let go of: what runs there
+/// goes on, and is what it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     let mut pair = Pair::new(2, true).await;
-    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    let (home, away, job, lives) = (pair.home, pair.away(), Move::new(false), pair.lives.clone());
+    let mut saved = pair.nodes[home].save(&pair.nodes[home].client().await).await.manifest;
     pair.watch.refuse(&format!("{}/1", NAMES[away]), "RUNNING");
     // Once more than without a quarantine: the step stays, and the devices' records change.
     pair.nodes[away].arm("after commit of RUNNING", 2).await;
@@ -208,6 +217,31 @@ async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     assert_eq!(operation.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Broken, "{operation:?}");
     assert!(operation.handover.as_ref().unwrap().in_doubt, "{operation:?}");
     pair.watch.check(&pair.own, pair.kept_since);
+
+    pair.lets_go(&client, &name).await;
+    let there = pair.nodes[away].client().await;
+    let reset = |name: &str, mode: v1::ResetMode| v1::ResetDeviceRequest {
+        name: name.to_owned(),
+        mode: mode.into(),
+        ..Default::default()
+    };
+    there.reset_device(reset("devices/nic0", v1::ResetMode::KeepState)).await.unwrap();
+    there.reset_device(reset("devices/nic1", v1::ResetMode::DiscardState)).await.unwrap();
+    let runs = pair.nodes[away].devices(&there).await.swap_remove(0).logical_device.unwrap();
+    assert_eq!((runs.id, runs.epoch), (lives[0].id.clone(), lives[0].epoch + 1));
+    assert_eq!(pair.watch.carries(&format!("{}/0", NAMES[away])), pair.own[0]);
+    saved.devices.truncate(1);
+    saved.source_disposition = v1::SourceDisposition::StaysStopped.into();
+    let restore = v1::RestoreRequest {
+        devices: vec!["devices/nic1".to_owned()],
+        manifest: Some(saved),
+        validate_only: true,
+        ..Default::default()
+    };
+    let blockers = there.restore(restore).await.unwrap().blockers;
+    let reasons: Vec<_> = blockers.iter().map(v1::Blocker::reason).collect();
+    assert_eq!(reasons, [v1::BlockerReason::SourceStillRunning], "{blockers:?}");
+    pair.watch.check(&pair.own, None);
     figure("1 set of which a part ran, killed before it was told: BROKEN");
 }
 
