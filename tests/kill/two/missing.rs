@@ -192,6 +192,27 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
     figure("1 arrival whose device was not configured any more: BROKEN, and resumed by no word alone");
 }
 
+/// An arrival that waited for its commit is told as refused although nobody looks at its device: what is in it does not run, by
+/// no way.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arrival_that_waited_and_whose_device_is_not_configured_any_more_is_refused() {
+    let mut pair = Pair::new(1, true).await;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.dies(&job, away, "after commit of HELD").await;
+    let config = pair.nodes[away].without_devices();
+    pair.start(away).await;
+    let ended = pair.over(&pair.nodes[home].client().await, &job).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved, "{ended:?}");
+    pair.kill(away);
+    pair.nodes[away].restore_config(&config);
+    pair.start(away).await;
+    pair.watch.check(&pair.own, pair.kept_since);
+    is_good_for_a_reset_only(&pair.nodes[away].client().await, v1::MigrationState::Resuming).await;
+    pair.settle(&job, After::Stays).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 arrival that waited and whose device was not configured any more: REFUSED, and quarantined");
+}
+
 /// A device of a set does not start, and the agent dies before it has told anybody. The source is let go of: what runs there
 /// goes on, and is what it was.
 #[tokio::test(flavor = "multi_thread")]
