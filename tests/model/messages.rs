@@ -102,7 +102,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         service: MIGRATION,
         way: "source to destination",
         when: "after Prepared was heard, and again until it is answered, also after a crash. Once more where an \
-               administrator let go without an answer",
+               administrator let go without an answer, unless a device may run there still",
         record: "source: COMMITTING, or its end",
         does: "see what a Commit is answered. Another epoch or another hand-over is refused as a call and moves nothing",
         again: "the same answer for ever",

@@ -5,12 +5,14 @@
 //!   Committing on record    --settle-------> Offer: CommitHandover, again and again, until there is a verdict
 //!                                                   or an admin's decision is on record
 //!   the end on record       --farewell-----> AbandonHandover where it stayed here, CommitHandover where it was let go of
-//!                                            without an answer; then GetHandover{settled}
+//!                                            without an answer and cannot run here; then GetHandover{settled}
 //! ```
 //!
 //! # Invariants
 //! - [`Offer::settle`] answers only with what the destination has on record, or with what an admin has put on record here,
 //!   and of these with the one that came first.
+//! - A destination is told to run what an admin let go of only where that cannot run here: each device was seen to be reset,
+//!   or stood still when it was seen last. Otherwise it is told neither this nor that, and left to its own deadline.
 //!
 //! # Failure paths
 //! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
@@ -225,16 +227,16 @@ impl Offer {
     }
 
     /// Tells the destination that it will not be asked again, and before that what it may not know: where the devices stayed
-    /// here, that nothing comes any more; where they were let go of, that they are to run there. Where that does not get
-    /// through, it is left to its own deadline, and keeps its record.
-    pub async fn farewell(mut self) {
+    /// here, that nothing comes any more; where they were let go of, that they are to run there, unless one of them
+    /// `may_run_here`. Where that does not get through, it is left to its own deadline, and keeps its record.
+    pub async fn farewell(mut self, may_run_here: bool) {
         let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
         // No destination was asked to wait longer for the commit.
         let waits = if self.is_let_go() { self.core.config.limits.max_wait } else { Duration::ZERO };
         let mut pause = PAUSES.0;
         let telling = async {
             loop {
-                match self.say_farewell().await {
+                match self.say_farewell(may_run_here).await {
                     Ok(()) => return,
                     Err(PeerError::Call(error))
                         if error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
@@ -261,15 +263,18 @@ impl Offer {
         }
     }
 
-    async fn say_farewell(&mut self) -> Result<(), PeerError> {
+    async fn say_farewell(&mut self, may_run_here: bool) -> Result<(), PeerError> {
         let known = self.on_record().and_then(|known| Some((known.operation?.to_string(), known.secret?)));
         // Otherwise there is nobody to tell: nothing was prepared.
         let Some((operation, secret)) = known else { return Ok(()) };
         let secret = Bytes::copy_from_slice(&secret.0);
         let client = self.client().await?;
         let end = self.entry.view().end;
-        if self.is_let_go() {
-            // Nothing of it is left here, so whatever is there may run, and nowhere else.
+        let mut is_silent = self.is_let_go() && may_run_here;
+        if is_silent {
+            // Nor that nothing comes: what it has may be the last copy.
+        } else if self.is_let_go() {
+            // Nothing of it runs here, or ever will, so whatever is there may run, and nowhere else.
             self.call(Word::Commit).await?;
         } else if let Some(failure) = end.and_then(|end| end.failure) {
             let reason = failure.message.chars().take(1024).collect();
@@ -277,6 +282,7 @@ impl Offer {
                 v1::AbandonHandoverRequest { operation: operation.clone(), reason, secret: secret.clone() };
             client.abandon_handover(request).await.map_err(PeerError::Call)?;
         }
+        let mut pause = PAUSES.0;
         loop {
             let request = v1::GetHandoverRequest {
                 operation: operation.clone(),
@@ -287,8 +293,15 @@ impl Offer {
             if told.step() == v1::HandoverStep::Over {
                 return Ok(());
             }
-            // It is still bringing its devices back.
-            self.core.environment.sleep(PAUSES.0).await;
+            if std::mem::take(&mut is_silent) {
+                tracing::warn!(
+                    "the destination is not told to run what was let go of here: a device was not seen to be reset, and may \
+                     run; it is left to its own deadline"
+                );
+            }
+            // It is still bringing its devices back, or waits for its deadline.
+            self.core.environment.sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 }

@@ -14,7 +14,7 @@ use vfio_checkpoint_proto::v1::FailureReason;
 use vfio_checkpoint_store::StoreError;
 
 pub(super) use not_kept::{Why, not_kept};
-pub(super) use settle::take_over_records;
+pub(super) use settle::{standing_still, take_over_records};
 
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;

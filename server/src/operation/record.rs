@@ -432,6 +432,13 @@ pub struct EndRecord {
     pub revision: u64,
 }
 
+impl EndRecord {
+    /// The devices that take no work at its end.
+    pub fn out_of_service(&self) -> impl Iterator<Item = &DeviceName> {
+        self.quarantined.iter().chain(&self.hung).chain(&self.unavailable)
+    }
+}
+
 /// How an operation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -373,6 +373,7 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     for slot in lease.slots() {
         slot.read_back().await;
     }
+    let standing_still = end::standing_still(&lease);
     reached(format_args!("read back"));
     let (record, changes) = ended.settle(core, entry, &lease);
     let recording = entry.recording.lock().await;
@@ -390,10 +391,12 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     );
     drop(lease);
     core.operations.release();
+    // It was not seen to be reset, and nobody knows that it stands still.
+    let may_run_here = record.out_of_service().any(|device| !standing_still.contains(device));
     entry.end(record);
     if matches!(entry.fixed.job, JobRecord::Migrate { .. }) {
         // In a task of its own: the destination may be gone, and nothing here depends on it any more.
         let offer = Offer::new(Arc::clone(core), Arc::clone(entry), None);
-        core.tasks.spawn(offer.farewell());
+        core.tasks.spawn(offer.farewell(may_run_here));
     }
 }

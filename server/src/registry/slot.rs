@@ -25,6 +25,8 @@ pub struct Slot {
     sim: Mutex<Option<SimDevice>>,
     /// Who has the device log the pages that it writes: reading the log clears it, so it is one caller's alone.
     log_owner: Mutex<Option<String>>,
+    /// Where the device was seen last. The view says where it is, and nothing of one that does not answer.
+    seen: Mutex<Option<State>>,
     view: watch::Sender<DeviceView>,
     revision: Arc<watch::Sender<u64>>,
 }
@@ -88,6 +90,7 @@ impl Slot {
             lane,
             sim,
             log_owner: Mutex::new(None),
+            seen: Mutex::new(None),
             view,
             revision,
         }
@@ -139,6 +142,15 @@ impl Slot {
         self.view.borrow().clone()
     }
 
+    /// Where the device was seen last in this life of the agent, also where it does not answer any more.
+    pub fn last_seen(&self) -> Option<State> {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn see(&self, state: State) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
+    }
+
     /// Takes in an opened device.
     pub fn opened(&self, opened: Opened) {
         let Opened { lane, facts, record, sim } = opened;
@@ -185,6 +197,7 @@ impl Slot {
     /// Takes in the state that an operation has just read back. Nothing more is known of a device that hangs.
     pub fn set_state(&self, state: State) {
         let now = self.environment.unix_now();
+        self.see(state);
         self.change(|view| match view.standing {
             Standing::Hung(_) => {}
             Standing::Ready
@@ -218,17 +231,22 @@ impl Slot {
         });
         let now = self.environment.unix_now();
         match reading.finished().await {
-            Ok((state, data_size, standing)) => self.change(|view| {
-                view.state = state.ok().map(|state| (state, now));
-                view.data_size = data_size;
-                match standing {
-                    driver::Standing::Quarantined => view.standing = Standing::Quarantined,
-                    driver::Standing::InService if view.standing != Standing::Quarantined => {
-                        view.standing = Standing::Ready;
-                    }
-                    driver::Standing::InService => {}
+            Ok((state, data_size, standing)) => {
+                if let Ok(state) = &state {
+                    self.see(*state);
                 }
-            }),
+                self.change(|view| {
+                    view.state = state.ok().map(|state| (state, now));
+                    view.data_size = data_size;
+                    match standing {
+                        driver::Standing::Quarantined => view.standing = Standing::Quarantined,
+                        driver::Standing::InService if view.standing != Standing::Quarantined => {
+                            view.standing = Standing::Ready;
+                        }
+                        driver::Standing::InService => {}
+                    }
+                });
+            }
             Err(hung) => self.change(|view| {
                 view.state = None;
                 view.standing = Standing::Hung(hung.to_string());

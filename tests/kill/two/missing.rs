@@ -13,6 +13,7 @@ use tonic::Code;
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_proto::v1;
 
+use super::relay::Way;
 use super::settle::After;
 use super::{Move, NAMES, Pair, becomes};
 use crate::faulty::Faulty;
@@ -20,7 +21,7 @@ use crate::figure;
 use crate::here::{RETRY, begin};
 use crate::job::done;
 use crate::lab::PATIENCE;
-use crate::world::MEMORY;
+use crate::world::{Content, MEMORY};
 
 impl Pair {
     /// Begins a migration, and kills one side where it comes to a step.
@@ -150,6 +151,71 @@ async fn what_was_handed_over_and_hangs_in_its_reset_stays_quarantined() {
     pair.settle(&job, After::Moves).await;
     pair.moves(&Move::new(false)).await;
     figure("1 device that was handed over and hung in its reset: it stays quarantined");
+}
+
+/// A source that was in doubt, and was let go of, hangs in its reset. Somebody may have had its device run before. Its
+/// destination, which waits for its commit, is within reach again.
+async fn hangs_let_go_of(is_moved: bool) -> (Pair, Move, v1::Operation) {
+    let mut pair = Pair::configured(1, true, &["limits.device_call_timeout = \"2s\""]).await;
+    // What was let go of is lost.
+    pair.kept_since = None;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.dies(&job, home, "after commit of COMMITTING").await;
+    pair.relays[away].lead(Way::Nowhere);
+    pair.relays[away].cut();
+    if is_moved {
+        pair.watch.moves(&format!("{}/0", NAMES[home]), "RUNNING");
+    }
+    pair.start(home).await;
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    pair.nodes[home].signal_device(0, Signal::STOP);
+    let ended = pair.lets_go(&pair.nodes[home].client().await, &operation.name).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
+    pair.lead(away);
+    (pair, job, ended)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_run_at_the_source_is_not_run_at_its_destination() {
+    let (mut pair, job, ended) = hangs_let_go_of(true).await;
+    let (home, away) = (pair.home, pair.away());
+    let there = pair.nodes[away].client().await;
+    let arrival = ended.handover.unwrap().peer_operation;
+    let settled = pair.nodes[home].agent().wait_for("that it says farewell", |line| {
+        line.contains("the destination is not told to run").then_some(())
+    });
+    tokio::select! {
+        () = settled => {}
+        ran = done(&there, &arrival) => {
+            pair.watch.check(&pair.own, None);
+            panic!("its destination was told: {ran:?}");
+        }
+    }
+    let get = v1::GetOperationRequest { name: arrival.clone() };
+    let waits = there.get_operation(get).await.unwrap().operation.unwrap();
+    assert_eq!(waits.phase(), v1::OperationPhase::Prepared, "{waits:?}");
+    pair.watch.check(&pair.own, None);
+
+    // Sooner than its deadline.
+    there.cancel_operation(v1::CancelOperationRequest { name: arrival }).await.unwrap();
+    pair.kill(home);
+    pair.nodes[home].signal_device(0, Signal::CONT);
+    pair.start(home).await;
+    is_good_for_a_reset_only(&pair.nodes[home].client().await, v1::MigrationState::Running).await;
+    pair.settle(&job, After::Lost).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 device that was moved, let go of, and hung in its reset: its destination did not run it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stood_still_at_the_source_is_run_at_its_destination() {
+    let (pair, _, ended) = hangs_let_go_of(false).await;
+    let there = pair.nodes[pair.away()].client().await;
+    let arrival = done(&there, &ended.handover.unwrap().peer_operation).await.unwrap();
+    assert_eq!(arrival.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Committed, "{arrival:?}");
+    assert_eq!(pair.nodes[pair.away()].contents(&there).await, [Content::Own]);
+    pair.watch.check(&pair.own, None);
+    figure("1 device that was let go of, and hung in its reset as it stood still: its destination ran it");
 }
 
 /// An arrival whose device may run is not told as lost because nobody looks at it.

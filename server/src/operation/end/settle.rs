@@ -264,6 +264,12 @@ impl OutOfService {
     }
 }
 
+/// The devices that were last seen to stand still: one that hangs since in its reset is not run by that.
+pub(in crate::operation) fn standing_still(lease: &Lease) -> Vec<DeviceName> {
+    let stands = |slot: &&Arc<Slot>| slot.last_seen().is_some_and(|state| !state.is_running());
+    lease.slots().iter().filter(stands).map(|slot| slot.name().clone()).collect()
+}
+
 /// What the journal says of devices is what the registry says.
 pub(in crate::operation) fn take_over_records(core: &Core, changes: &[Change]) {
     for change in changes {
