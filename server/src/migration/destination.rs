@@ -358,7 +358,7 @@ impl Core {
         Ok(told(&*self.known_arrival(name)?))
     }
 
-    /// The source has its own end on record: this one's may be forgotten in its time.
+    /// The source has its own end on record: this one's may be forgotten in its time. It says so again after a restart.
     pub async fn settle_handover(
         &self,
         name: &OperationName,
@@ -367,9 +367,17 @@ impl Core {
     ) -> Result<Told, Refusal> {
         let entry = self.arrival(name, caller, secret)?;
         if entry.is_done() {
-            entry.settled();
-            let record = entry.record(entry.on_record());
-            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+            let _one_at_a_time = entry.recording.lock().await;
+            let mut record = entry.record(entry.on_record());
+            let is_news = record.handover.as_mut().is_some_and(|handover| {
+                let was_settled = std::mem::replace(&mut handover.settled, true);
+                !was_settled
+            });
+            if is_news {
+                self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+                // Not before: where that failed the source says it again.
+                entry.settled();
+            }
         }
         Ok(told(&entry))
     }
