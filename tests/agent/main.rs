@@ -46,6 +46,7 @@ mod roles;
 mod rude;
 mod save_restore;
 mod saves;
+mod stale;
 mod stored;
 mod streams;
 mod told;

@@ -20,7 +20,7 @@ use std::time::Duration;
 use tracing::Instrument as _;
 use vfio_checkpoint_device::operation::RestoreTerms;
 use vfio_checkpoint_fsm::AfterLoad;
-use vfio_checkpoint_fsm::handover::{ArrivalStep, CommitAnswer, Verdict};
+use vfio_checkpoint_fsm::handover::{ArrivalStep, CommitAnswer};
 use vfio_checkpoint_proto::domain::{
     AdmitSpec, AfterRestore, CommitHandoverSpec, LogicalDevice, PrepareSpec, RestoreSource, RestoreSpec,
 };
@@ -237,15 +237,8 @@ impl Core {
 
     /// Logical devices that have been here, or are, under a newer epoch than the one that comes.
     fn stale<'a>(&'a self, logical: impl Iterator<Item = &'a LogicalDevice> + 'a) -> Vec<Blocker> {
-        let records: Vec<_> = self.registry.all().filter_map(|slot| slot.view().record).collect();
         let newer = |wanted: &LogicalDevice| {
-            let lives = records.iter().map(|record| (&record.logical, record.epoch));
-            let past = records.iter().flat_map(|record| &record.past).map(|past| (&past.logical, past.epoch));
-            lives
-                .chain(past)
-                .filter(|(id, epoch)| **id == wanted.id && *epoch > wanted.epoch)
-                .map(|(_, epoch)| epoch)
-                .max()
+            self.registry.newest_epoch(&wanted.id).filter(|newest| *newest > wanted.epoch)
         };
         let stale = logical.filter_map(|wanted| Some((wanted, newer(wanted)?)));
         stale
@@ -288,10 +281,8 @@ impl Core {
             return Err(refused(Refused::StaleEpoch));
         }
         let mut changes = entry.changes();
-        match step(&entry).on_commit() {
-            CommitAnswer::NotPrepared
-                if entry.owes_ready() && entry.on_record().arrival(None) == ArrivalStep::Prepared =>
-            {
+        match entry.arrival_step().on_commit() {
+            CommitAnswer::NotPrepared if entry.on_record().arrival(None) == ArrivalStep::Prepared => {
                 return Err(refused(Refused::NotReady));
             }
             CommitAnswer::NotPrepared => {
@@ -383,29 +374,12 @@ impl Core {
     }
 }
 
-/// How far an arrival is. Over only once that is on record.
-fn step(entry: &Entry) -> ArrivalStep {
-    let view = entry.view();
-    let verdict = view.handover.as_ref().and_then(|handover| handover.record.verdict);
-    if view.end.is_some() {
-        return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
-    }
-    match entry.on_record().arrival(None) {
-        ArrivalStep::Prepared if entry.owes_ready() => ArrivalStep::Loading,
-        step @ (ArrivalStep::Loading
-        | ArrivalStep::Prepared
-        | ArrivalStep::Committing
-        | ArrivalStep::Reverting
-        | ArrivalStep::Over(_)) => step,
-    }
-}
-
 fn told(entry: &Entry) -> Told {
     let end = entry.view().end;
     let message = end.and_then(|end| end.failure).map(|failure| failure.message).unwrap_or_default();
     Told {
         operation: entry.fixed.name.clone(),
-        step: step(entry),
+        step: entry.arrival_step(),
         message,
         epochs: entry.fixed.devices.iter().map(|device| device.epoch).collect(),
     }

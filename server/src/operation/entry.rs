@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{DataSize, Seal};
+use vfio_checkpoint_fsm::handover::{ArrivalStep, Verdict};
 use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
 
 pub use said::{Cancel, Refused};
@@ -132,9 +133,8 @@ impl Entry {
             | RecordedStep::Ended(_) => None,
         };
         let arrives = matches!(job, JobRecord::Arrive { .. });
-        let owes_ready = owes_ready(job, handover.as_ref());
-        let (phase, deadline) = match &step {
-            RecordedStep::Held { .. } if owes_ready => (Phase::Unwinding, None),
+        let counts = step.clone().until_ready(owes_ready(job, handover.as_ref()));
+        let (phase, deadline) = match &counts {
             RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Reverting => {
                 (Phase::Unwinding, None)
             }
@@ -385,6 +385,16 @@ impl Entry {
         let arrives = matches!(self.fixed.job, JobRecord::Arrive { .. });
         let asked = view.handover.as_ref().map(|handover| &handover.record);
         arrives && asked.is_some_and(|record| record.prepared.is_some() && !record.settled)
+    }
+
+    /// How far an arrival is. Over only once that is on record, and loading until Ready is, where that is to be said.
+    pub fn arrival_step(&self) -> ArrivalStep {
+        let view = self.view();
+        if view.end.is_some() {
+            let verdict = view.handover.and_then(|handover| handover.record.verdict);
+            return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
+        }
+        self.on_record().until_ready(self.owes_ready()).arrival(None)
     }
 
     /// Whether it is an arrival of which Ready is to be said, and is not on record. Until then its source is told nothing,

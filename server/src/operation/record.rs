@@ -357,6 +357,12 @@ impl RecordedStep {
         }
     }
 
+    /// What counts where Ready is still to be said: what is held waits for nobody yet, and is undone after a restart.
+    #[must_use]
+    pub fn until_ready(self, owes_ready: bool) -> Self {
+        if owes_ready && matches!(self, Self::Held { .. }) { Self::Begun } else { self }
+    }
+
     /// How far an arrival is that has this on record.
     pub fn arrival(&self, verdict: Option<VerdictRecord>) -> ArrivalStep {
         match self {

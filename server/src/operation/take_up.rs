@@ -65,19 +65,8 @@ impl Core {
     /// a device that is late, it goes on in a task; else it is over when this returns.
     pub async fn take_up(self: &Arc<Self>, unfinished: Unfinished, arriving: &BTreeMap<DeviceName, Arrival>) {
         let Unfinished { entry, step } = unfinished;
-        let step = match step {
-            // Its source does not wait for it, and did not hear that all is there.
-            RecordedStep::Held { .. } if entry.owes_ready() => RecordedStep::Begun,
-            step @ (RecordedStep::Admitted
-            | RecordedStep::Begun
-            | RecordedStep::Held { .. }
-            | RecordedStep::Running { .. }
-            | RecordedStep::Stopped
-            | RecordedStep::Committing
-            | RecordedStep::LettingGo
-            | RecordedStep::Reverting
-            | RecordedStep::Ended(_)) => step,
-        };
+        // Its source does not wait for it, and did not hear that all is there.
+        let step = step.until_ready(entry.owes_ready());
         let slots =
             entry.device_names().filter_map(|name| self.registry.get(name).cloned()).collect::<Vec<_>>();
         let lease = match self.registry.lease(slots, &entry.fixed.name) {
