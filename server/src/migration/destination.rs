@@ -357,7 +357,7 @@ impl Core {
         secret: &Ticket,
     ) -> Result<Told, Refusal> {
         let entry = self.arrival(name, caller, secret)?;
-        if entry.is_done() {
+        if let ArrivalStep::Over(_) = entry.arrival_step() {
             let _one_at_a_time = entry.recording.lock().await;
             let mut record = entry.record(entry.on_record());
             let is_news = record.handover.as_mut().is_some_and(|handover| {

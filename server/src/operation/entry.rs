@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{DataSize, Seal};
-use vfio_checkpoint_fsm::handover::{ArrivalStep, Verdict};
+use vfio_checkpoint_fsm::handover::ArrivalStep;
 use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
 
 pub use said::{Cancel, Refused};
@@ -389,12 +389,10 @@ impl Entry {
 
     /// How far an arrival is. Over only once that is on record, and loading until Ready is, where that is to be said.
     pub fn arrival_step(&self) -> ArrivalStep {
-        let view = self.view();
-        if view.end.is_some() {
-            let verdict = view.handover.and_then(|handover| handover.record.verdict);
-            return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
-        }
-        self.on_record().until_ready(self.owes_ready()).arrival(None)
+        // In this order: where its end is on record, its verdict was there before.
+        let step = self.on_record().until_ready(self.owes_ready());
+        let handover = self.view().handover;
+        step.arrival(handover.and_then(|handover| handover.record.verdict))
     }
 
     /// Whether it is an arrival of which Ready is to be said, and is not on record. Until then its source is told nothing,
