@@ -26,7 +26,8 @@ use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// The least time between two acks of a taker that waits, and the longest: its giver may be less patient than what was agreed.
-const SILENCE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(10));
+/// A giver that waits for three times the longest, or for as long as was agreed, hears each taker in time.
+const SILENCE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
 /// The half that takes state.
 pub struct Taker {

@@ -1,6 +1,6 @@
 //! Streams that are resumed, and whether they get on: how often, and for how long.
 
-use super::resume::{WINDOW, opened, resumable};
+use super::resume::{WINDOW, cable, opened, resumable};
 use super::*;
 
 /// Whoever opens the stream again and again, and takes nothing, has one window and is not called without a pause.
@@ -116,4 +116,22 @@ async fn state_that_is_never_acknowledged_is_found_out_while_nothing_is_sent() {
         };
         assert_eq!(found, ack_delay.map(|_| IDLE));
     }
+}
+
+/// A taker that has all does not know how patient its giver is, and speaks often enough for one that waits for a few seconds.
+#[tokio::test(start_paused = true)]
+async fn a_taker_that_lingers_is_heard_by_a_giver_that_is_less_patient() {
+    let (link, take) = cable(usize::MAX);
+    let patient = |idle_timeout| Terms { limits: StreamLimits { idle_timeout, ..terms().limits }, ..terms() };
+    let (mut giver, _asked) = resumable(link, patient(Duration::from_secs(3)));
+    let mut taker = Taker::new(take, patient(Duration::from_mins(1)));
+    for step in 0..FRAMES {
+        give(&mut giver, step).await.unwrap();
+        taker.next().await.unwrap();
+    }
+    let (end, lingering) = tokio::join!(
+        tokio::time::timeout(10 * IDLE, giver.completed()),
+        tokio::time::timeout(10 * IDLE, taker.linger()),
+    );
+    assert!(end.is_err() && lingering.is_err(), "{end:?}, {lingering:?}");
 }
