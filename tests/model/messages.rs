@@ -65,7 +65,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
                the stream opens",
         again: "the same answer while the arrival is on record; after that the ticket is not known. With another manifest or \
                 other devices it is refused (ALREADY_EXISTS), and so it is under an epoch that is over here \
-                (STALE_EPOCH)",
+                (STALE_EPOCH). One that was refused has left the ticket as it was",
     },
     Message {
         call: "StreamState",

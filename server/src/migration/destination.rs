@@ -169,11 +169,23 @@ impl Core {
         };
         let job = JobRecord::Arrive { barrier: plan.barrier, require_ready: promise.spec.require_ready };
         let owner_pod = promise.spec.owner_pod.as_ref().map(ToString::to_string).unwrap_or_default();
-        if blockers.is_empty() && !self.tickets.take(ticket) {
-            return Err(super::TicketError::Invalid.into());
-        }
+        let taken = if blockers.is_empty() {
+            Some(self.tickets.take(ticket).ok_or(super::TicketError::Invalid)?)
+        } else {
+            None
+        };
         let asked = Asked { job, devices, owner_pod, kept: None, handover: Some(handover) };
-        let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
+        let (entry, lease, arrival) = match self.admit(&found, blockers, asked, starter).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                // What is in the way may pass, and whoever asks again is to be told of that, or let in. Nobody else is in
+                // between: one is admitted after another.
+                if let Some(promise) = taken {
+                    self.tickets.put_back(ticket.clone(), promise);
+                }
+                return Err(refusal);
+            }
+        };
         for (index, device) in manifest.devices.iter().enumerate() {
             entry.expects(index, admission::size(device.data_size));
         }
