@@ -120,7 +120,8 @@ pub(crate) const MESSAGES: [Message; 11] = [
         call: "GetHandover",
         service: MIGRATION,
         way: "source to destination",
-        when: "at any time; with `settled` once the source has its own end on record",
+        when: "at any time; with `settled` once the source has its own end on record, and again until it is answered, also \
+               after a crash",
         record: "source: anything; with `settled`: its end",
         does: "says what is on record. With `settled` an arrival that is over may be forgotten, in its time",
         again: "the same; not found once it is forgotten",

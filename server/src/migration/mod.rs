@@ -26,6 +26,7 @@
 
 mod arrival;
 mod destination;
+mod farewell;
 mod peer;
 mod redial;
 mod resolve;
@@ -35,6 +36,7 @@ mod tickets;
 
 pub use arrival::ArrivalSource;
 pub use destination::{Admitted, Prepared, Told};
+pub(crate) use farewell::say_farewells;
 pub(crate) use redial::{RedialDestination, spool};
 pub use resolve::{Resolved, SourceCopy, SourceDevice};
 pub use sink::{HandoverSink, Offer};

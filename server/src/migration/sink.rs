@@ -16,7 +16,8 @@
 //! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
 //! A farewell is tried again for half a minute, because both agents may just be starting. Of devices that an admin let go
 //! it is `CommitHandover` once more, and never that nothing comes: what the destination has may be the last copy. It is
-//! tried for as long as a destination may wait for it, by an agent that lives so long.
+//! tried for as long as a destination may wait for it, by an agent that lives so long. What was not taken by then stays owed:
+//! see `farewell`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +31,7 @@ use vfio_checkpoint_fsm::SaveEvent;
 use vfio_checkpoint_fsm::handover::Verdict;
 use vfio_checkpoint_proto::v1;
 
+use super::farewell;
 use super::peer::{PeerError, record};
 use crate::core::Core;
 use crate::failpoint::{is_planted, reached};
@@ -226,21 +228,31 @@ impl Offer {
 
     /// Tells the destination that it will not be asked again, and before that what it may not know: where the devices stayed
     /// here, that nothing comes any more; where they were let go of, that they are to run there. Where that does not get
-    /// through, it is left to its own deadline, and keeps its record.
-    pub async fn farewell(mut self) {
-        let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+    /// through, it is left to its own deadline for now, and keeps its record.
+    pub async fn farewell(self) {
         // No destination was asked to wait longer for the commit.
         let waits = if self.is_let_go() { self.core.config.limits.max_wait } else { Duration::ZERO };
+        self.farewell_within(FAREWELL.saturating_add(waits)).await;
+    }
+
+    /// The same, for so long. Nothing, where it is being said already.
+    pub(super) async fn farewell_within(mut self, limit: Duration) {
+        let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+        let (core, entry) = (Arc::clone(&self.core), Arc::clone(&self.entry));
+        let Ok(_alone) = entry.parting.try_lock() else { return };
         let mut pause = PAUSES.0;
         let telling = async {
             loop {
                 match self.say_farewell().await {
-                    Ok(()) => return,
+                    Ok(()) => return true,
                     Err(PeerError::Call(error))
                         if error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
                     {
                         tracing::info!(error = %chain(&error), "the destination has no use for a farewell");
-                        return;
+                        // What may be the last copy is asked for also where another agent is found instead.
+                        let is_unknown =
+                            error.refusal().is_some_and(|refusal| refusal.code == Code::NotFound);
+                        return is_unknown && !self.is_let_go();
                     }
                     // It may just be starting again, as this agent may.
                     Err(error) => {
@@ -252,12 +264,16 @@ impl Offer {
                 pause = (pause * 2).min(PAUSES.1);
             }
         };
-        tokio::select! {
+        let is_taken = tokio::select! {
             biased;
-            () = telling => {}
-            () = deadline.sleep(FAREWELL.saturating_add(waits)) => {
+            is_taken = telling => is_taken,
+            () = deadline.sleep(limit) => {
                 tracing::info!("the destination is left to its own deadline, and keeps its record");
+                false
             }
+        };
+        if is_taken && entry.owes_farewell() {
+            farewell::taken(&core, &entry).await;
         }
     }
 

@@ -43,6 +43,8 @@ pub struct Entry {
     on_record: Mutex<RecordedStep>,
     /// Held while something of it is put on record, so that what is written last is what is true last.
     pub(crate) recording: tokio::sync::Mutex<()>,
+    /// Held while the farewell of a migration is said.
+    pub(crate) parting: tokio::sync::Mutex<()>,
 }
 
 /// Since when the devices stand still.
@@ -191,6 +193,7 @@ impl Entry {
             seat: Mutex::new(seat),
             on_record: Mutex::new(RecordedStep::Admitted),
             recording: tokio::sync::Mutex::default(),
+            parting: tokio::sync::Mutex::default(),
         }
     }
 
@@ -214,7 +217,8 @@ impl Entry {
         });
     }
 
-    /// Nobody will ask any more how it ended. That is told to nobody, so it is no change.
+    /// Nobody will ask any more how it ended, or, of a migration, the destination knows that. That is told to nobody, so it is
+    /// no change.
     pub(crate) fn settled(&self) {
         self.view.send_if_modified(|view| {
             if let Some(handover) = &mut view.handover {
@@ -371,6 +375,15 @@ impl Entry {
         let arrives = matches!(self.fixed.job, JobRecord::Arrive { .. });
         let asked = view.handover.as_ref().map(|handover| &handover.record);
         arrives && asked.is_some_and(|record| record.prepared.is_some() && !record.settled)
+    }
+
+    /// Whether it is a migration that is over, and whose destination does not know yet that nobody will ask it again.
+    pub fn owes_farewell(&self) -> bool {
+        let view = self.view.borrow();
+        let leaves = matches!(self.fixed.job, JobRecord::Migrate { .. }) && view.end.is_some();
+        let told = view.handover.as_ref().map(|handover| &handover.record);
+        // Without a secret nothing was prepared there, and nobody is to be told.
+        leaves && told.is_some_and(|record| record.secret.is_some() && !record.settled)
     }
 
     /// Whether it is an arrival of which Ready is to be said, and is not on record. Until then its source is told nothing,

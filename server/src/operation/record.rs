@@ -128,7 +128,8 @@ pub struct HandoverRecord {
     pub verdict: Option<VerdictRecord>,
     /// What an admin decided.
     pub resolution: Option<ResolutionRecord>,
-    /// At the destination: the source has its own end on record.
+    /// At the destination: the source has its own end on record. At the source: the destination knows that, or has nothing on
+    /// record any more. False there in records of before it was kept.
     pub settled: bool,
     /// At the destination: who asked for the ticket. None in records of before it was kept.
     #[serde(default)]
