@@ -196,6 +196,7 @@ impl Core {
         let terms = RestoreTerms {
             after: AfterLoad::Hold,
             hold_limit: spec.commit_timeout.saturating_add(SLACK).saturating_add(news),
+            // Without effect: Ready was said, or was not asked for, before the hold ends.
             ready_limit: self.config.defaults.hold_timeout,
         };
         let span = span(self, &entry);

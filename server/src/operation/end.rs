@@ -253,7 +253,7 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
                 Outcome::StateLost => EndOutcome::StateLost,
             };
             let (reason, device) = reason(lease, entry, cause);
-            let mut end = End::new(result, outcome).because(reason, chain(error), device);
+            let mut end = End::new(result, outcome).because(reason, words(entry, error), device);
             end.quarantined = quarantined.iter().filter_map(|device| name_of(lease, device)).collect();
             end.consistency = checkpoint.map(|validity| match validity {
                 Validity::Consistent => Consistency::Consistent,
@@ -262,6 +262,21 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
             end
         }
         OperationError::Inconsistent { .. } => inconsistent(),
+    }
+}
+
+/// Why an operation failed, for people. What a restore waits for is Resume, and nobody says that to an arrival.
+pub(super) fn words(entry: &Entry, error: &OperationError) -> String {
+    let arrives = matches!(entry.fixed.job, JobRecord::Arrive { .. });
+    let OperationError::Failed { cause: Cause::HoldExpired { limit }, .. } = error else {
+        return chain(error);
+    };
+    match (arrives, entry.owes_ready()) {
+        (false, _) => chain(error),
+        (true, true) => {
+            error.in_words(format_args!("whoever uses the devices did not say Ready within {limit:?}"))
+        }
+        (true, false) => error.in_words(format_args!("the source did not say Commit within {limit:?}")),
     }
 }
 
@@ -279,6 +294,7 @@ fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option
         Cause::Unrecorded(_) => (FailureReason::JournalFailed, None),
         Cause::NoCutover { .. } => (FailureReason::CutoverTimeout, None),
         Cause::Downtime { .. } => (FailureReason::NoConvergence, None),
+        Cause::HoldExpired { .. } if entry.owes_ready() => (FailureReason::OwnerNotReady, None),
         Cause::HoldExpired { .. } if matches!(entry.fixed.job, JobRecord::Arrive { .. }) => {
             (FailureReason::CommitTimeout, None)
         }

@@ -330,7 +330,7 @@ async fn arrive(
     let mut source = ArrivalSource::new(source, core, entry, terms.hold_limit);
     let restored = operation::restore(lanes, terms, &caller, &mut source).await;
     if let Err(error) = &restored {
-        source.give_up(&chain(error)).await;
+        source.give_up(&end::words(&caller.entry, error)).await;
     }
     restored
 }

@@ -130,7 +130,9 @@ async fn a_source_that_stands_still_until_it_was_refused_runs_on() {
     let arrival = super::operations(&there).await.into_iter().find(|operation| !operation.done).unwrap();
     assert_eq!(arrival.kind(), v1::OperationKind::Arrival);
     let arrival = done(&there, &arrival.name).await.unwrap();
-    assert_eq!(arrival.failure.as_ref().unwrap().reason, "COMMIT_TIMEOUT", "{arrival:?}");
+    let why = arrival.failure.as_ref().unwrap();
+    assert_eq!(why.reason, "COMMIT_TIMEOUT", "{arrival:?}");
+    assert!(why.message.contains("the source did not say Commit within"), "{arrival:?}");
     pair.nodes[home].signal_agent(Signal::CONT);
     pair.nodes[home].release();
     let ended = pair.settle(&job, After::Stays).await.unwrap();

@@ -1,5 +1,6 @@
 //! How an operation ended that did not succeed, and what is gathered for that while it unwinds.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use vfio_checkpoint_fsm::{Outcome, PlanRefusal, Validity};
@@ -56,6 +57,16 @@ impl OperationError {
         match self {
             Self::Failed { cause, .. } => matches!(cause, Cause::Cancelled(_)),
             Self::Refused(_) | Self::NotReady { .. } | Self::Inconsistent { .. } => false,
+        }
+    }
+
+    /// All of it in one line, for people, where whoever tells it has better words for the cause of a failure.
+    pub fn in_words(&self, cause: impl Display) -> String {
+        match self {
+            Self::Failed { cause: _, outcome, quarantined, checkpoint } => {
+                format!("{cause}{}", outcome_text(*outcome, quarantined, *checkpoint))
+            }
+            Self::Refused(_) | Self::NotReady { .. } | Self::Inconsistent { .. } => chain(self),
         }
     }
 }
