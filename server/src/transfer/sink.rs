@@ -11,7 +11,7 @@
 //!
 //! With a giver that is `resumable` a connection that breaks is no more to the operation than a taker that is slow: what is
 //! given goes into the giver's spool while it dials. Only what it cannot mend is told as broken. But no device is stopped
-//! meanwhile, so the operation is told that the line is down where it asks.
+//! meanwhile, unless a caller says Cutover during pre-copy, so the operation is told that the line is down where it asks.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -35,7 +35,8 @@ pub trait StateSink: Send {
     }
 
     /// Whether nothing goes through now: what is given is kept on this side until something does again, or the sink fails. No
-    /// device stops for it meanwhile, and how fast it takes what it is given says nothing.
+    /// device stops for it meanwhile, unless its caller says Cutover during pre-copy; and how fast it takes what it is given
+    /// says nothing.
     fn is_down(&self) -> bool {
         false
     }

@@ -115,8 +115,21 @@ impl<S: StateSink> SaveRun<'_, S> {
 
     pub(super) async fn await_cutover(&mut self) -> Result<SaveEvent, Noted> {
         match self.cutover_within(self.terms.cutover_limit).await {
-            Some(event) => Ok(event),
+            Some(event) => {
+                self.await_line().await;
+                Ok(event)
+            }
             None => Err(self.no_cutover()),
+        }
+    }
+
+    /// Waits until what is given goes through, before a device stops for it that has run on until now. The sink fails where
+    /// that takes too long, and its caller cancels for it.
+    pub(super) async fn await_line(&mut self) {
+        let mut pause = PAUSES.0;
+        while self.sink.is_down() {
+            self.set.sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 

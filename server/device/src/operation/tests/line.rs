@@ -3,9 +3,14 @@
 
 use std::ops::Range;
 
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, pending, ready};
+use vfio_checkpoint_fsm::Cutover;
+
 use super::*;
-use crate::Clock;
 use crate::executor::VirtualTime;
+use crate::operation::{self, Caller, OperationStep, Progress, SaveTerms};
+use crate::{Clock, Inline};
 use crate::sim::SizeReport;
 
 const MS: Duration = Duration::from_millis(1);
@@ -69,7 +74,7 @@ impl StateSink for Line {
 
 /// A device, and a sink for it whose line is down for so long.
 fn line(change: fn(&mut SimConfig), down: Range<Duration>) -> (Node, Line) {
-    let inline = crate::Inline::new(7);
+    let inline = Inline::new(7);
     let time = inline.time();
     let node = Node::on(Arc::new(inline), Arc::clone(&time), &configs(1, change), &[]);
     let slot = node.slots[0].clone();
@@ -108,6 +113,48 @@ fn no_device_stops_while_the_line_is_down() {
         let stopped = sink.stopped.expect("a stop has a rest");
         assert!((end..end + 200 * MS).contains(&stopped), "{is_busy}: stopped at {stopped:?}");
         assert!(report.downtime < Duration::from_secs(1), "{report:?}");
+    }
+}
+
+/// Says Cutover from the beginning, and nothing else.
+struct Paused;
+
+impl Caller for Paused {
+    fn cutover(&self) -> BoxFuture<'_, ()> {
+        ready(()).boxed()
+    }
+
+    fn resume(&self) -> BoxFuture<'_, ()> {
+        pending().boxed()
+    }
+
+    fn commit(&self) -> BoxFuture<'_, ()> {
+        pending().boxed()
+    }
+
+    fn cancelled(&self) -> BoxFuture<'_, BoxError> {
+        pending().boxed()
+    }
+
+    fn moved(&self, _step: OperationStep) -> BoxFuture<'_, Result<(), BoxError>> {
+        ready(Ok(())).boxed()
+    }
+
+    fn progress(&self, _progress: &Progress<'_>) {}
+}
+
+/// Without pre-copy a device runs on until there is a line, also where its caller has said Cutover.
+#[test]
+fn a_stop_without_pre_copy_waits_for_the_line() {
+    for cutover in [Cutover::Auto, Cutover::Manual] {
+        let end = Duration::from_secs(5);
+        let (node, mut sink) = line(|_| (), Duration::ZERO..end);
+        let mut terms = SaveTerms::automatic(false, AfterSave::Resume, POLICY);
+        (terms.request.cutover, terms.cutover_limit) = (cutover, end);
+        let saved = pollster::block_on(operation::save(&node.lanes, terms, &Paused, &mut sink));
+        let stopped = sink.stopped.expect("a stop has a rest");
+        assert!((end..end + 200 * MS).contains(&stopped), "{cutover:?}: stopped at {stopped:?}");
+        assert!(saved.unwrap().downtime < Duration::from_secs(1));
     }
 }
 
