@@ -74,7 +74,7 @@ impl Giver {
         if self.terms.version.resumes() {
             spool.check(&self.terms.limits)?;
             self.flow = Flow::counting(&self.terms.limits);
-            self.kept = Some(Kept::new(spool, Redialer::new(redial, window)));
+            self.kept = Some(Kept::new(spool, Redialer::new(redial, window), &self.terms.limits));
         }
         Ok(self)
     }

@@ -135,3 +135,46 @@ async fn a_taker_that_lingers_is_heard_by_a_giver_that_is_less_patient() {
     );
     assert!(end.is_err() && lingering.is_err(), "{end:?}, {lingering:?}");
 }
+
+/// A taker that promises nothing may keep less than an ack interval to itself for as long as it likes. A line that was well
+/// for a whole window gives the window again also then, and no longer one does not.
+#[tokio::test(start_paused = true)]
+async fn what_a_taker_may_keep_to_itself_does_not_count_against_a_line_that_was_well() {
+    // How many chunks are owed an ack, how long each line lasts, and how often it is dialed after three breaks.
+    for (chunks, lasts, dials) in [(1, 10 * WINDOW, 3), (2, 10 * WINDOW, 1), (1, WINDOW * 3 / 5, 2)] {
+        let (link, first) = wire();
+        let (mut giver, mut asked) = resumable(link, terms());
+        let mut wires = vec![first];
+        for chunk in 0..chunks {
+            giver.chunk(0, state(0, chunk)).await.unwrap();
+        }
+        let mut error = None;
+        for _break in 0..3 {
+            wires.last().unwrap().send.send(Err(LinkError::ended("cable"))).await.unwrap();
+            let answering = async {
+                let answer = asked.recv().await?;
+                let (link, mut wire) = wire();
+                drop(answer.send(Ok(Dialed { opened: opened(0), link })));
+                for _again in 0..chunks {
+                    wire.receive.recv().await?;
+                }
+                Some(wire)
+            };
+            let answering = tokio::time::timeout(lasts, answering);
+            let (ended, wire) = tokio::join!(tokio::time::timeout(lasts, giver.listen()), answering);
+            wires.extend(wire.ok().flatten());
+            error = ended.ok();
+            if error.is_some() {
+                break;
+            }
+        }
+        assert_eq!(wires.len() - 1, dials, "{chunks} chunks, {lasts:?}: {error:?}");
+        match error {
+            None => assert_eq!(dials, 3),
+            Some(error) => assert!(
+                matches!(&error, TransferError::NotResumed { why: Unresumed::NoProgress(WINDOW), .. }),
+                "{error}"
+            ),
+        }
+    }
+}
