@@ -101,6 +101,8 @@ pub(super) struct Kept {
     since: Instant,
     /// Since when there is state that is not acknowledged, or when some was acknowledged last.
     waits_since: Instant,
+    /// When the taker has said something last, whatever it was.
+    pub(super) heard: Instant,
     /// Bytes of state that the taker may leave without an ack for as long as it likes.
     silent_bytes: u64,
 }
@@ -134,7 +136,8 @@ impl Kept {
     pub(super) fn new(spool: Spool, redialer: Redialer, limits: &StreamLimits) -> Self {
         let (resent, since, silent_bytes) = (Resent::default(), Instant::now(), silent_bytes(limits));
         let redialer = Some(redialer);
-        Self { spool, resent, next: 0, fresh: 0, redialer, since, waits_since: since, silent_bytes }
+        let (waits_since, heard) = (since, since);
+        Self { spool, resent, next: 0, fresh: 0, redialer, since, waits_since, heard, silent_bytes }
     }
 
     /// The taker has acknowledged what is before this frame, which is new; how many bytes of state that was.
@@ -278,11 +281,14 @@ impl Giver {
         }
     }
 
-    /// When a taker that has promised to acknowledge in time has been silent for too long about state that it was sent. Its
-    /// connection may be dead without anybody saying so.
+    /// When a taker that has promised to acknowledge in time has been silent for too long after state that it was sent. Its
+    /// connection may be dead without anybody saying so. One that says that it is there is none of these: it may be at work on
+    /// what it has.
     pub(super) fn ack_overdue(&self) -> Option<Instant> {
         let kept = self.kept.as_ref().filter(|kept| kept.spool.has_state())?;
-        self.terms.limits.ack_delay.map(|_| self.clock.idle_after(kept.waits_since.max(kept.since)))
+        let ack_delay = self.terms.limits.ack_delay?;
+        let last = kept.waits_since.max(kept.since).max(kept.heard);
+        Some(self.clock.idle_after(last) + ack_delay)
     }
 
     fn can_resume(&self, error: &TransferError) -> bool {

@@ -13,6 +13,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -161,6 +162,22 @@ impl WireSource {
         }
     }
 
+    /// Keeps the stream while a device is at work on what was taken: says that this side is there, also to a giver that comes
+    /// back. Nothing is taken meanwhile, so what is wrong with a connection is found after it. Never over. Cancel-safe.
+    async fn keep(&mut self) -> Infallible {
+        loop {
+            let attached = tokio::select! {
+                biased;
+                attached = relinked(self.comeback.as_ref()) => attached,
+                never = self.taker.busy() => match never {},
+            };
+            if let Err(error) = self.go_on(attached).await {
+                tracing::debug!(error = %error, "a giver came back, and cannot go on");
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Tells the giver that all is taken, once.
     async fn complete(&mut self) -> Result<(), BoxError> {
         if self.is_complete {
@@ -206,6 +223,10 @@ impl StateSource for WireSource {
                 Some(Accepted::Progress(_)) => continue,
             });
         }
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        self.keep()
     }
 
     /// A hold may outlast the stream, and goes on without it: the giver is done.

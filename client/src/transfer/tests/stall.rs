@@ -114,7 +114,7 @@ async fn state_that_is_never_acknowledged_is_found_out_while_nothing_is_sent() {
                 drop(message);
             }
         };
-        assert_eq!(found, ack_delay.map(|_| IDLE));
+        assert_eq!(found, ack_delay.map(|delay| IDLE + delay));
     }
 }
 
@@ -176,5 +176,53 @@ async fn what_a_taker_may_keep_to_itself_does_not_count_against_a_line_that_was_
                 "{error}"
             ),
         }
+    }
+}
+
+/// A taker may promise to acknowledge within as long as a minute, and is not late before that.
+#[tokio::test(start_paused = true)]
+async fn an_ack_is_not_overdue_before_it_was_promised() {
+    let ack_delay = Some(2 * IDLE);
+    let (link, mut wire) = wire();
+    let terms = Terms { limits: StreamLimits { ack_delay, ..terms().limits }, ..terms() };
+    let (mut giver, mut asked) = resumable(link, terms);
+    giver.chunk(0, state(0, 0)).await.unwrap();
+    wire.receive.recv().await.unwrap();
+    let lasts = tokio::time::timeout(2 * IDLE, giver.listen()).await;
+    assert!(lasts.is_err() && asked.try_recv().is_err(), "{lasts:?}");
+    let ack = StreamAck { next_sequence: 1, complete: false };
+    wire.send.send(Ok(StreamMessage { kind: Some(Kind::Ack(ack)) })).await.unwrap();
+    let lasts = tokio::time::timeout(10 * IDLE, giver.listen()).await;
+    assert!(lasts.is_err() && asked.try_recv().is_err(), "{lasts:?}");
+    // Late is late all the same.
+    giver.chunk(0, state(0, 1)).await.unwrap();
+    let begin = tokio::time::Instant::now();
+    let found = tokio::select! {
+        found = asked.recv() => found.map(|_| begin.elapsed()),
+        error = giver.listen() => panic!("{error}"),
+    };
+    assert_eq!(found, Some(3 * IDLE));
+}
+
+/// Whoever takes may be at work on one piece for long. It is not given up for as long as it says that it is there.
+#[tokio::test(start_paused = true)]
+async fn a_taker_that_is_busy_is_heard() {
+    let (link, take) = cable(usize::MAX);
+    let ack_delay = Some(Duration::from_millis(5));
+    let terms = Terms { limits: StreamLimits { ack_delay, ..terms().limits }, ..terms() };
+    let (mut giver, mut asked) = resumable(link, terms.clone());
+    let mut taker = Taker::new(take, terms);
+    for step in 0..3 {
+        giver.chunk(0, state(0, step)).await.unwrap();
+    }
+    taker.next().await.unwrap();
+    let (end, busy) = tokio::join!(
+        tokio::time::timeout(10 * IDLE, giver.listen()),
+        tokio::time::timeout(10 * IDLE, taker.busy()),
+    );
+    assert!(end.is_err() && busy.is_err() && asked.try_recv().is_err(), "{end:?}");
+    for step in 1..3 {
+        let Ok(Some(Accepted::Chunk { chunk, .. })) = taker.next().await else { panic!("step {step}") };
+        assert_eq!(chunk.bytes(), &state(0, step));
     }
 }

@@ -2,9 +2,10 @@
 
 mod report;
 
+use std::convert::Infallible;
 use std::pin::pin;
 
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, pending, select};
 use vfio_checkpoint_fsm::{
     Outcome, RestoreCommand, RestoreEvent, RestorePlan, RestoreState, RestoreStep, State,
 };
@@ -42,6 +43,7 @@ pub async fn restore<S: StateSource>(
 /// Gives state to a restore, or, where it was given before a crash, only speaks for the devices' owner.
 pub(super) trait Feed: Send {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send;
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send;
     fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
     fn ready(&mut self, rearm: &[Option<Rearm>]) -> impl Future<Output = Result<(), BoxError>> + Send;
 }
@@ -49,6 +51,10 @@ pub(super) trait Feed: Send {
 impl<S: StateSource> Feed for S {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send {
         StateSource::next(self)
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        StateSource::busy(self)
     }
 
     fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
@@ -66,6 +72,10 @@ pub(super) struct Fed<'a, O>(pub(super) &'a mut O);
 impl<O: Owner> Feed for Fed<'_, O> {
     async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
         Ok(None)
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        pending()
     }
 
     async fn held(&mut self) -> Result<(), BoxError> {
@@ -227,22 +237,31 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
         Ok(())
     }
 
-    /// Writes what arrives, fetching and hashing the next chunk while one is being written.
+    /// Writes what arrives, fetching and hashing the next chunk while one is being written. A source that has brought that waits
+    /// for the device.
     async fn load(&mut self) -> Result<(), Noted> {
         let mut writing: Option<(usize, Writing)> = None;
         loop {
             let arrival = match writing.take() {
                 None => self.source.next().await,
                 Some((index, pending)) => {
-                    let written = pin!(pending.finished());
-                    match select(written, pin!(self.source.next())).await {
+                    let mut written = pin!(pending.finished());
+                    let first = match select(written.as_mut(), pin!(self.source.next())).await {
                         Either::Left((written, next)) => {
                             // A write that failed waits for no source that is slow.
                             written_to(&mut self.set, &mut self.progress, index, written)?;
-                            next.await
+                            Either::Left(next.await)
                         }
-                        Either::Right((arrival, written)) => {
-                            written_to(&mut self.set, &mut self.progress, index, written.await)?;
+                        Either::Right((arrival, _)) => Either::Right(arrival),
+                    };
+                    match first {
+                        Either::Left(arrival) => arrival,
+                        Either::Right(arrival) => {
+                            let written = match select(written, pin!(self.source.busy())).await {
+                                Either::Left((written, _)) => written,
+                                Either::Right((never, _)) => match never {},
+                            };
+                            written_to(&mut self.set, &mut self.progress, index, written)?;
                             arrival
                         }
                     }

@@ -215,3 +215,30 @@ async fn that_all_was_taken_is_said_to_whoever_asks_until_it_is_forgotten() {
     forgetting.forget();
     assert!(matches!(entry.resume_stream(&id(), connection().0), Err(Refused::OtherStream)));
 }
+
+/// A device may be at work on one chunk for long. The giver hears that this side is there, also one that comes back meanwhile,
+/// and what it says is taken after that.
+#[tokio::test]
+async fn a_source_that_waits_for_a_device_is_heard_and_answers_who_comes_back() {
+    let (mut source, entry, mut first, mut framer) = source(Duration::from_mins(1));
+    first.says(chunk(&mut framer)).await;
+    assert!(matches!(source.next().await.unwrap(), Some(Arrival::Chunk { .. })));
+    let (device_is_done, device) = oneshot::channel::<()>();
+    let busy = tokio::spawn(async move {
+        tokio::select! {
+            never = source.busy() => match never {},
+            _ = device => {}
+        }
+        source
+    });
+    let there = Some(Kind::Ack(StreamAck { next_sequence: 1, complete: false }));
+    assert_eq!(first.receive.recv().await.unwrap().kind, there);
+    first.breaks().await;
+    let mut again = comes_back(&entry);
+    assert_eq!(again.opened().await, 1);
+    assert_eq!(again.receive.recv().await.unwrap().kind, there);
+    again.says(chunk(&mut framer)).await;
+    device_is_done.send(()).unwrap();
+    let mut source = busy.await.unwrap();
+    assert!(matches!(source.next().await.unwrap(), Some(Arrival::Chunk { .. })));
+}
