@@ -131,7 +131,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "admin to source",
         when: "in doubt: COMMITTING is on record, and no answer moves the source",
         record: "source: COMMITTING",
-        does: "asks the destination, then decides by the table below",
+        does: "asks the destination, then decides by the table below. Nothing, where whoever asked has hung up",
         again: "refused: nothing is in doubt any more",
     },
 ];

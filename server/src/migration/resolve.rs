@@ -13,8 +13,14 @@
 //! # Invariants
 //! - A decision is on record before anything is done by it, and an audit line says who made it.
 //! - What is answered with success is what is done. Nothing is decided once the task has heard what it goes on by.
+//! - Nothing is decided for a caller that has hung up: what was true when it asked, as that the other side is fenced, may not
+//!   be any more. Only one that hangs up while the decision is being written finds it taken, and in the operation.
+//!
+//! # Failure paths
+//! A device that does not answer soon is told as UNKNOWN: it keeps nobody waiting who has to decide.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 use vfio_checkpoint_device::chain;
@@ -32,7 +38,10 @@ use crate::operation::record::{
 };
 use crate::operation::{Entry, Phase, Refused};
 use crate::registry::{DeviceView, Standing};
-use crate::rpc::Refusal;
+use crate::rpc::{Asker, Refusal};
+
+/// How long the devices of the source have to say how they are. Well under what a client waits for its answer.
+const LOOK: Duration = Duration::from_secs(3);
 
 /// What came of it.
 #[derive(Debug)]
@@ -52,7 +61,7 @@ pub struct Resolved {
 pub struct SourceDevice {
     /// Which one.
     pub name: DeviceName,
-    /// As it was read back just now. None where it is not configured any more.
+    /// As it was read back just now, without a state where it did not answer. None where it is not configured any more.
     pub view: Option<DeviceView>,
     /// Whether it has what was to move.
     pub copy: SourceCopy,
@@ -73,7 +82,7 @@ pub enum SourceCopy {
 
 impl Core {
     /// Decides about a migration that is in doubt, or says whether it could be.
-    pub async fn resolve(&self, spec: ResolveSpec, by: String) -> Result<Resolved, Refusal> {
+    pub async fn resolve(&self, spec: ResolveSpec, by: String, asker: Asker) -> Result<Resolved, Refusal> {
         let name = spec.operation;
         let refused = |refused| Refusal::Operation { operation: name.clone(), refused };
         let entry = self.operations.get(&name).ok_or_else(|| Refusal::OperationNotFound(name.clone()))?;
@@ -102,6 +111,9 @@ impl Core {
             return Ok(Resolved { entry: Arc::clone(&entry), destination, refused: decided.err(), devices });
         }
         decided.map_err(|why| refused(Refused::Unresolvable(why)))?;
+        if asker.is_gone() {
+            return Err(refused(Refused::CallerGone));
+        }
         let decision = ResolutionRecord {
             resume_here: resolution == Resolution::ResumeHere,
             by,
@@ -139,10 +151,17 @@ impl Core {
     async fn source_devices(&self, entry: &Entry) -> Vec<SourceDevice> {
         let found = entry.fixed.devices.iter().map(|device| async {
             let slot = self.registry.get(&device.device);
+            let mut view = None;
             if let Some(slot) = slot {
-                slot.read_back().await;
+                let is_read = tokio::select! {
+                    biased;
+                    () = slot.read_back() => true,
+                    () = self.environment.sleep(LOOK) => false,
+                };
+                let found = slot.view();
+                // What was read before says nothing about now.
+                view = Some(DeviceView { state: found.state.filter(|_| is_read), ..found });
             }
-            let view = slot.map(|slot| slot.view());
             let copy = view.as_ref().map_or(SourceCopy::Unknown, |view| SourceCopy::of(device, view));
             SourceDevice { name: device.device.clone(), view, copy }
         });

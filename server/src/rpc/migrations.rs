@@ -12,7 +12,7 @@ use vfio_checkpoint_proto::ids::KeyHash;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
-use super::{Refusal, audit, messages, open, say, spec, to_its_end};
+use super::{Asker, Refusal, audit, messages, open, say, spec, to_its_end};
 use crate::core::Core;
 use crate::operation::{Entry, Starter};
 use crate::security::authorize::Caller;
@@ -147,8 +147,10 @@ impl MigrationService for Migrations {
         );
         let line = (!wire.validate_only).then_some(("Resolve", resource));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-        let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by).await });
+        let (waits, asker) = Asker::waiting();
+        let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by, asker).await });
         let resolved = resolved.await?;
+        drop(waits);
         let (destination, destination_error) = match resolved.destination {
             Ok(told) => (Some(told), String::new()),
             Err(error) => (None, error),
