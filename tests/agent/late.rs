@@ -1,6 +1,7 @@
 //! What the agents say to each other of a hand-over that is decided, or over.
 
 use vfio_checkpoint_fsm::State;
+use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{done, soon};
@@ -18,17 +19,18 @@ async fn whoever_asks_after_the_end_is_told_the_same() {
     assert_eq!(soon(done(&destination, &operation)).await.result(), v1::OperationResult::Succeeded);
     let arrival = pair.destination.core().operations.get(&operation.parse().unwrap()).unwrap();
     let secret = arrival.view().handover.unwrap().record.secret.unwrap();
-    let secret = bytes::Bytes::copy_from_slice(&secret.0);
     let epochs = arrival.fixed.devices.iter().map(|device| device.epoch.0).collect();
 
     let as_source = pair.lab.client_named(&pair.destination, "spiffe://lab.test/agent/source").await;
-    let get = v1::GetHandoverRequest { operation: operation.clone(), settled: true, secret: secret.clone() };
+    let get = v1::GetHandoverRequest { operation: operation.clone(), settled: true, ..Default::default() };
+    let get = get.proven(&secret);
     let abandon = v1::AbandonHandoverRequest {
         operation: operation.clone(),
         reason: "too late".to_owned(),
-        secret: secret.clone(),
+        ..Default::default()
     };
-    let commit = v1::CommitHandoverRequest { operation, epochs, secret };
+    let abandon = abandon.proven(&secret);
+    let commit = v1::CommitHandoverRequest { operation, epochs, ..Default::default() }.proven(&secret);
     let settled = as_source.get_handover(get.clone()).await.unwrap().handover.unwrap();
     assert_eq!(
         (settled.step(), settled.verdict()),

@@ -49,5 +49,6 @@ mod saves;
 mod stored;
 mod streams;
 mod told;
+mod twin;
 mod unrecorded;
 mod unshared;

@@ -2,6 +2,7 @@
 
 use tonic::Code;
 use vfio_checkpoint_fsm::State;
+use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{at_once, done, refused, soon};
@@ -66,8 +67,9 @@ async fn no_commit_comes_before_ready() {
     let commit = v1::CommitHandoverRequest {
         operation: operation.clone(),
         epochs: record.epochs.iter().map(|epoch| epoch.0).collect(),
-        secret: bytes::Bytes::copy_from_slice(&record.secret.unwrap().0),
+        ..Default::default()
     };
+    let commit = commit.proven(&record.secret.unwrap());
     let early = soon(at_once(as_source).commit_handover(commit)).await;
     refused(early, Code::Unavailable, "NOT_READY");
     assert_eq!(pair.there[0].device.state(), State::Resuming);

@@ -62,7 +62,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         when: "first, with the ticket, and to that key alone",
         record: "source: BEGUN",
         does: "uses the ticket up, leases the devices, and records the arrival in LOADING. The devices are left alone until \
-               the stream opens",
+               the stream opens. The answer brings the secret",
         again: "the same answer while the arrival is on record; after that the ticket is not known. With another manifest or \
                 other devices it is refused (ALREADY_EXISTS), and so it is under an epoch that is over here \
                 (STALE_EPOCH)",
@@ -104,7 +104,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         when: "after Prepared was heard, and again until it is answered, also after a crash. Once more where an \
                administrator let go without an answer",
         record: "source: COMMITTING, or its end",
-        does: "see what a Commit is answered. Another epoch or another hand-over is refused as a call and moves nothing",
+        does: "see what a Commit is answered. Another epoch, another hand-over or no proof is refused as a call and moves nothing",
         again: "the same answer for ever",
     },
     Message {

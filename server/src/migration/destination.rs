@@ -25,6 +25,7 @@ use vfio_checkpoint_proto::domain::{
     AdmitSpec, AfterRestore, CommitHandoverSpec, LogicalDevice, PrepareSpec, RestoreSource, RestoreSpec,
 };
 use vfio_checkpoint_proto::ids::{Epoch, KeyHash, OperationName, Ticket};
+use vfio_checkpoint_proto::proof::Claim;
 use vfio_checkpoint_proto::v1::BlockerReason;
 use vfio_checkpoint_proto::version::{NoCommonVersion, Version, negotiate};
 
@@ -75,6 +76,8 @@ pub struct Told {
     pub message: String,
     /// The epochs under which the devices run, or would have run.
     pub epochs: Vec<Epoch>,
+    /// What proves it to the source. None where somebody else looks.
+    pub secret: Option<Ticket>,
 }
 
 impl Core {
@@ -260,13 +263,14 @@ impl Core {
     }
 
     /// The arrival of this name, for whoever can prove that it prepared it.
-    fn arrival(&self, name: &OperationName, caller: &str, secret: &Ticket) -> Result<Arc<Entry>, Refusal> {
+    fn arrival(&self, name: &OperationName, caller: &str, claim: &Claim) -> Result<Arc<Entry>, Refusal> {
         let entry = self.known_arrival(name)?;
-        let proven = entry
-            .view()
-            .handover
-            .is_some_and(|handover| handover.record.secret.is_some_and(|known| same(&known, secret)));
-        if proven && entry.fixed.caller == caller { Ok(entry) } else { Err(Refusal::NotYours(name.clone())) }
+        let is_proven = secret(&entry).is_some_and(|secret| claim.holds(&secret));
+        if is_proven && entry.fixed.caller == caller {
+            Ok(entry)
+        } else {
+            Err(Refusal::NotYours(name.clone()))
+        }
     }
 
     fn known_arrival(&self, name: &OperationName) -> Result<Arc<Entry>, Refusal> {
@@ -281,7 +285,7 @@ impl Core {
 
     /// Runs the devices of an arrival, unless that is decided already, and says how it ended.
     pub async fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Told, Refusal> {
-        let entry = self.arrival(&spec.operation, caller, &spec.secret)?;
+        let entry = self.arrival(&spec.operation, caller, &spec.claim)?;
         let refused = |refused| Refusal::Operation { operation: spec.operation.clone(), refused };
         let epochs: Vec<Epoch> = entry.fixed.devices.iter().map(|device| device.epoch).collect();
         if epochs != spec.epochs {
@@ -303,7 +307,7 @@ impl Core {
         }
         // The sender is in the entry, so waiting fails only with the agent.
         let _ended = changes.wait_for(|view| view.end.is_some()).await;
-        Ok(told(&entry))
+        Ok(proven(&entry))
     }
 
     /// Whoever uses the devices of an arrival is ready.
@@ -342,20 +346,28 @@ impl Core {
         &self,
         name: &OperationName,
         caller: &str,
-        secret: &Ticket,
+        claim: &Claim,
         reason: String,
     ) -> Result<Told, Refusal> {
-        let entry = self.arrival(name, caller, secret)?;
+        let entry = self.arrival(name, caller, claim)?;
         match entry.cancel(Cancel::Abandoned { reason }) {
             Ok(()) | Err(Refused::Over) => {}
             Err(refused) => tracing::info!(operation = %name, %refused, "not given up"),
         }
-        Ok(told(&entry))
+        Ok(proven(&entry))
     }
 
-    /// What is on record of a hand-over.
-    pub fn handover(&self, name: &OperationName) -> Result<Told, Refusal> {
-        Ok(told(&*self.known_arrival(name)?))
+    /// What is on record of a hand-over, with what proves it to whoever can prove that it prepared it.
+    pub fn handover(
+        &self,
+        name: &OperationName,
+        caller: &str,
+        claim: Option<&Claim>,
+    ) -> Result<Told, Refusal> {
+        match claim {
+            Some(claim) => Ok(proven(&*self.arrival(name, caller, claim)?)),
+            None => Ok(told(&*self.known_arrival(name)?)),
+        }
     }
 
     /// The source has its own end on record: this one's may be forgotten in its time.
@@ -363,15 +375,15 @@ impl Core {
         &self,
         name: &OperationName,
         caller: &str,
-        secret: &Ticket,
+        claim: &Claim,
     ) -> Result<Told, Refusal> {
-        let entry = self.arrival(name, caller, secret)?;
+        let entry = self.arrival(name, caller, claim)?;
         if entry.is_done() {
             entry.settled();
             let record = entry.record(entry.on_record());
             self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
         }
-        Ok(told(&entry))
+        Ok(proven(&entry))
     }
 }
 
@@ -400,10 +412,16 @@ fn told(entry: &Entry) -> Told {
         step: step(entry),
         message,
         epochs: entry.fixed.devices.iter().map(|device| device.epoch).collect(),
+        secret: None,
     }
 }
 
-/// Whether two secrets are the same, in a time that does not tell where they differ.
-fn same(known: &Ticket, shown: &Ticket) -> bool {
-    known.0.iter().zip(shown.0).fold(0, |differs, (known, shown)| differs | (known ^ shown)) == 0
+/// The same for its source.
+fn proven(entry: &Entry) -> Told {
+    Told { secret: secret(entry), ..told(entry) }
+}
+
+/// What its source was answered, and shows to nobody.
+fn secret(entry: &Entry) -> Option<Ticket> {
+    entry.view().handover.and_then(|handover| handover.record.secret)
 }

@@ -30,7 +30,8 @@ use vfio_checkpoint_proto::domain::{self, ResolveSpec};
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1;
 
-use super::peer::{PeerError, record};
+use super::agreed::Agreed;
+use super::peer::PeerError;
 use crate::core::Core;
 use crate::journal::Change;
 use crate::operation::record::{
@@ -169,13 +170,10 @@ impl Core {
     }
 
     async fn ask(&self, entry: &Entry) -> Result<v1::HandoverRecord, PeerError> {
-        let nobody = || PeerError::Answer("it is not on record what was prepared where".to_owned());
+        let nobody = || PeerError::Answer("it is not on record who is there".to_owned());
         let peer: &PeerRecord = entry.fixed.peer.as_ref().ok_or_else(nobody)?;
-        let operation = entry.view().handover.and_then(|handover| handover.record.operation);
-        let operation = operation.ok_or_else(nobody)?.to_string();
-        let client = self.dial(peer).await?;
-        let request = v1::GetHandoverRequest { operation, settled: false, secret: bytes::Bytes::new() };
-        record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)
+        let agreed = Agreed::on_record(entry)?;
+        agreed.look(&self.dial(peer).await?, false).await
     }
 }
 

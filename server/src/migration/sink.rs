@@ -13,10 +13,12 @@
 //!   and of these with the one that came first.
 //!
 //! # Failure paths
-//! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
+//! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then;
+//! an answer that does not prove who gives it is one of them.
 //! A farewell is tried again for half a minute, because both agents may just be starting. Of devices that an admin let go
 //! it is `CommitHandover` once more, and never that nothing comes: what the destination has may be the last copy. It is
-//! tried for as long as a destination may wait for it, by an agent that lives so long.
+//! tried for as long as a destination may wait for it, by an agent that lives so long, and whatever it is refused with: a
+//! refusal proves nobody.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,9 +32,10 @@ use vfio_checkpoint_fsm::SaveEvent;
 use vfio_checkpoint_fsm::handover::Verdict;
 use vfio_checkpoint_proto::v1;
 
-use super::peer::{PeerError, record};
+use super::agreed::Agreed;
+use super::peer::PeerError;
 use crate::core::Core;
-use crate::failpoint::{is_planted, reached};
+use crate::failpoint::is_planted;
 use crate::operation::Entry;
 use crate::operation::record::HandoverRecord;
 use crate::transfer::WireSink;
@@ -183,26 +186,13 @@ impl Offer {
     }
 
     async fn call(&mut self, word: Word) -> Result<v1::HandoverRecord, PeerError> {
-        let known = self.on_record();
-        let named = known.and_then(|known| Some((known.operation?.to_string(), known.secret?, known.epochs)));
-        let Some((operation, secret, epochs)) = named else {
-            return Err(PeerError::Answer("the record here does not say what was prepared there".to_owned()));
-        };
-        let secret = Bytes::copy_from_slice(&secret.0);
+        let agreed = Agreed::on_record(&self.entry)?;
         let client = self.client().await?;
         match word {
-            Word::Commit => {
-                let epochs = epochs.iter().map(|epoch| epoch.0).collect();
-                reached(format_args!("commit is sent"));
-                let request = v1::CommitHandoverRequest { operation, epochs, secret };
-                let answer = client.commit_handover(request).await.map_err(PeerError::Call)?;
-                reached(format_args!("commit is answered"));
-                record(answer.handover)
-            }
+            Word::Commit => agreed.commit(&client).await,
             Word::Withdraw => {
                 let reason = "the source was restarted, and found its devices moved".to_owned();
-                let request = v1::AbandonHandoverRequest { operation, reason, secret };
-                record(client.abandon_handover(request).await.map_err(PeerError::Call)?.handover)
+                agreed.abandon(&client, reason).await
             }
         }
     }
@@ -237,7 +227,8 @@ impl Offer {
                 match self.say_farewell().await {
                     Ok(()) => return,
                     Err(PeerError::Call(error))
-                        if error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
+                        if !self.is_let_go()
+                            && error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
                     {
                         tracing::info!(error = %chain(&error), "the destination has no use for a farewell");
                         return;
@@ -262,28 +253,18 @@ impl Offer {
     }
 
     async fn say_farewell(&mut self) -> Result<(), PeerError> {
-        let known = self.on_record().and_then(|known| Some((known.operation?.to_string(), known.secret?)));
         // Otherwise there is nobody to tell: nothing was prepared.
-        let Some((operation, secret)) = known else { return Ok(()) };
-        let secret = Bytes::copy_from_slice(&secret.0);
+        let Some(agreed) = Agreed::of(&self.entry) else { return Ok(()) };
         let client = self.client().await?;
         let end = self.entry.view().end;
         if self.is_let_go() {
             // Nothing of it is left here, so whatever is there may run, and nowhere else.
-            self.call(Word::Commit).await?;
+            agreed.commit(&client).await?;
         } else if let Some(failure) = end.and_then(|end| end.failure) {
-            let reason = failure.message.chars().take(1024).collect();
-            let request =
-                v1::AbandonHandoverRequest { operation: operation.clone(), reason, secret: secret.clone() };
-            client.abandon_handover(request).await.map_err(PeerError::Call)?;
+            agreed.abandon(&client, failure.message.chars().take(1024).collect()).await?;
         }
         loop {
-            let request = v1::GetHandoverRequest {
-                operation: operation.clone(),
-                settled: true,
-                secret: secret.clone(),
-            };
-            let told = record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)?;
+            let told = agreed.look(&client, true).await?;
             if told.step() == v1::HandoverStep::Over {
                 return Ok(());
             }

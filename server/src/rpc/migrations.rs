@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 use vfio_checkpoint_proto::digest::body_digest;
-use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name, secret};
+use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name};
 use vfio_checkpoint_proto::ids::KeyHash;
+use vfio_checkpoint_proto::proof::Claim;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
@@ -203,8 +204,8 @@ impl MigrationService for Migrations {
         let line = Some(("CommitHandover", wire.operation.clone()));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let told = self.audited(&caller, line, async move { core.commit_handover(spec(wire)?, &by).await });
-        let told = told.await?;
-        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(messages::handover_record(&told)) }))
+        let (record, proof) = messages::proven_record(&told.await?);
+        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(record), proof }))
     }
 
     async fn abandon_handover(
@@ -214,14 +215,15 @@ impl MigrationService for Migrations {
         let (caller, wire) = open(request)?;
         let told = (|| {
             let name = operation_name("operation", &wire.operation)?;
-            let secret = secret(&wire.secret)?;
+            let claim = Claim::new(&wire, &wire.proof)?;
             // It ends up in logs and in the operation's failure.
             let reason =
                 wire.reason.chars().take(1024).map(|c| if c.is_control() { ' ' } else { c }).collect();
-            self.core.abandon_handover(&name, &caller.identity.to_string(), &secret, reason)
+            self.core.abandon_handover(&name, &caller.identity.to_string(), &claim, reason)
         })();
         audit(&caller, "AbandonHandover", &wire.operation, &told);
-        Ok(Response::new(v1::AbandonHandoverResponse { handover: Some(messages::handover_record(&told?)) }))
+        let (record, proof) = messages::proven_record(&told?);
+        Ok(Response::new(v1::AbandonHandoverResponse { handover: Some(record), proof }))
     }
 
     async fn get_handover(
@@ -234,14 +236,17 @@ impl MigrationService for Migrations {
             let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
             let settled = self.audited(&caller, line, async move {
                 let name = operation_name("operation", &wire.operation)?;
-                core.settle_handover(&name, &by, &secret(&wire.secret)?).await
+                core.settle_handover(&name, &by, &Claim::new(&wire, &wire.proof)?).await
             });
             settled.await?
         } else {
-            // Read, and nothing more.
+            // Read, and nothing more. Others than the source may look, who have nothing to prove.
             let name = operation_name("operation", &wire.operation).map_err(Refusal::from)?;
-            self.core.handover(&name)?
+            let claim = (!wire.proof.is_empty()).then(|| Claim::new(&wire, &wire.proof)).transpose();
+            let by = caller.identity.to_string();
+            self.core.handover(&name, &by, claim.map_err(Refusal::from)?.as_ref())?
         };
-        Ok(Response::new(v1::GetHandoverResponse { handover: Some(messages::handover_record(&told)) }))
+        let (record, proof) = messages::proven_record(&told);
+        Ok(Response::new(v1::GetHandoverResponse { handover: Some(record), proof }))
     }
 }
