@@ -12,6 +12,7 @@
 )]
 
 mod arrivals;
+mod audited;
 mod blockers;
 mod bodies;
 mod broken;

@@ -283,15 +283,14 @@ impl Core {
         }
     }
 
-    /// Runs the devices of an arrival, unless that is decided already, and says how it ended.
-    pub async fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Told, Refusal> {
+    /// Has the devices of an arrival run, unless that is decided already. How it ends [`ended`] tells.
+    pub fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Arc<Entry>, Refusal> {
         let entry = self.arrival(&spec.operation, caller, &spec.claim)?;
         let refused = |refused| Refusal::Operation { operation: spec.operation.clone(), refused };
         let epochs: Vec<Epoch> = entry.fixed.devices.iter().map(|device| device.epoch).collect();
         if epochs != spec.epochs {
             return Err(refused(Refused::StaleEpoch));
         }
-        let mut changes = entry.changes();
         match step(&entry).on_commit() {
             CommitAnswer::NotPrepared
                 if entry.owes_ready() && entry.on_record().arrival(None) == ArrivalStep::Prepared =>
@@ -305,9 +304,7 @@ impl Core {
             CommitAnswer::Run => entry.signals.say_commit(),
             CommitAnswer::Wait | CommitAnswer::Told(_) => {}
         }
-        // The sender is in the entry, so waiting fails only with the agent.
-        let _ended = changes.wait_for(|view| view.end.is_some()).await;
-        Ok(proven(&entry))
+        Ok(entry)
     }
 
     /// Whoever uses the devices of an arrival is ready.
@@ -385,6 +382,14 @@ impl Core {
         }
         Ok(proven(&entry))
     }
+}
+
+/// How an arrival has ended, once that is on record, for its source.
+pub(crate) async fn ended(entry: &Entry) -> Told {
+    // The sender is in the entry, so waiting does not fail.
+    let mut changes = entry.changes();
+    drop(changes.wait_for(|view| view.end.is_some()).await);
+    proven(entry)
 }
 
 /// How far an arrival is. Over only once that is on record.

@@ -36,6 +36,7 @@ mod source;
 mod tickets;
 
 pub use arrival::ArrivalSource;
+pub(crate) use destination::ended;
 pub use destination::{Admitted, Prepared, Told};
 pub(crate) use redial::{RedialDestination, spool};
 pub use resolve::{Resolved, SourceCopy, SourceDevice};

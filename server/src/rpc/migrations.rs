@@ -1,11 +1,13 @@
 //! `MigrationService`.
 //!
 //! What a call decides has its audit line also where the caller hangs up before it hears how that ended: whoever waits for
-//! a device, or for a journal, may be gone by then.
+//! a device, or for a journal, may be gone by then. What a source says again and again, `CommitHandover`, has
+//! one line for what it brings about, however often it comes.
 
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
 use vfio_checkpoint_proto::digest::body_digest;
 use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name};
 use vfio_checkpoint_proto::ids::KeyHash;
@@ -15,6 +17,7 @@ use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
 use super::{Asker, Refusal, audit, messages, open, say, spec, to_its_end};
 use crate::core::Core;
+use crate::migration::ended;
 use crate::operation::{Entry, Starter};
 use crate::security::authorize::Caller;
 use crate::security::roles::Role;
@@ -201,10 +204,22 @@ impl MigrationService for Migrations {
         request: Request<v1::CommitHandoverRequest>,
     ) -> Result<Response<v1::CommitHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = Some(("CommitHandover", wire.operation.clone()));
-        let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-        let told = self.audited(&caller, line, async move { core.commit_handover(spec(wire)?, &by).await });
-        let (record, proof) = messages::proven_record(&told.await?);
+        let operation = wire.operation.clone();
+        let said = spec(wire).and_then(|spec| self.core.commit_handover(spec, &caller.identity.to_string()));
+        if said.is_err() {
+            audit(&caller, "CommitHandover", &operation, &said);
+        }
+        let entry = said?;
+        if entry.signals.is_first_commit() {
+            // Said again it is the same decision, of whoever said it first. Only this one waits where nobody else does.
+            let (entry, caller) = (Arc::clone(&entry), caller.clone());
+            let line = async move {
+                ended(&entry).await;
+                audit(&caller, "CommitHandover", &operation, &Ok(()));
+            };
+            self.core.tasks.spawn(line.in_current_span());
+        }
+        let (record, proof) = messages::proven_record(&ended(&entry).await);
         Ok(Response::new(v1::CommitHandoverResponse { handover: Some(record), proof }))
     }
 
