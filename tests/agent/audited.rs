@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!   destination: ENDED cannot be recorded --CommitHandover, 100 times, none waited for--> one line, once it is
+//!                                         --GetHandover settled, again and again------> one line, once it is over
 //! ```
 //! All is on one thread: the subscriber is this thread's.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::runtime::Handle;
@@ -17,12 +19,14 @@ use vfio_checkpoint_proto::ids::Ticket;
 use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::config::{LogFormat, TelemetryConfig};
+use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::failpoint::{Failing, fail};
 use vfio_checkpoint_server::telemetry;
 
+use crate::faulty::Faulty;
 use crate::flow::{done, soon};
 use crate::migrations::{manual, prepared};
-use crate::pair::Pair;
+use crate::pair::{Pair, small};
 
 /// The audit lines of all agents of this thread.
 #[derive(Clone, Default)]
@@ -130,5 +134,43 @@ async fn a_commit_that_is_said_again_and_again_has_one_line_and_leaves_no_task()
         (&lines[0]["resource"], &lines[0]["who"]),
         (&arrival.into(), &"spiffe://lab.test/agent/source".into())
     );
+    pair.stop().await;
+}
+
+#[tokio::test]
+async fn a_farewell_is_audited_where_it_settles_something_and_asks_ever_less_often() {
+    let (audit, _guard) = Audit::begin();
+    let faulty = Faulty::new();
+    // The second pause. Whoever asks without growing ones never comes to it.
+    let second = Duration::from_millis(100);
+    faulty.gate(second);
+    let pair =
+        Pair::within(1, small, &[], &[], |_| {}, [faulty.environment(), Environment::production()]).await;
+    let (source, destination) = pair.migrator().await;
+    let name = pair.start(manual).await;
+    let arrival = prepared(&source, &name).await.handover.unwrap().peer_operation;
+    let mut held = without_end(&pair);
+    source.cancel_operation(v1::CancelOperationRequest { name: name.clone() }).await.unwrap();
+    soon(done(&source, &name)).await;
+    held.times(1).await;
+    faulty.waits(second, 1).await;
+    let (secret, _) = agreed(&pair, &arrival);
+    let get = v1::GetHandoverRequest { operation: arrival.clone(), settled: true, ..Default::default() };
+    let get = get.proven(&secret);
+    let as_source = pair.lab.client_named(&pair.destination, "spiffe://lab.test/agent/source").await;
+    for _ in 0..5 {
+        let told = as_source.get_handover(get.clone()).await.unwrap().handover.unwrap();
+        assert_ne!(told.step(), v1::HandoverStep::Over);
+    }
+    assert!(audit.of("GetHandover settled", "succeeded").is_empty(), "nothing is settled yet");
+    drop(held);
+    soon(done(&destination, &arrival)).await;
+    faulty.pass(second);
+    audit.come("GetHandover settled", "succeeded", 1).await;
+    for _ in 0..5 {
+        let told = as_source.get_handover(get.clone()).await.unwrap().handover.unwrap();
+        assert_eq!(told.step(), v1::HandoverStep::Over);
+    }
+    assert_eq!(audit.of("GetHandover settled", "succeeded").len(), 1);
     pair.stop().await;
 }

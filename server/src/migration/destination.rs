@@ -367,20 +367,31 @@ impl Core {
         }
     }
 
-    /// The source has its own end on record: this one's may be forgotten in its time.
+    /// The source has its own end on record: this one's may be forgotten in its time, where it has one. Says whether that is
+    /// so by this.
     pub async fn settle_handover(
         &self,
         name: &OperationName,
         caller: &str,
         claim: &Claim,
-    ) -> Result<Told, Refusal> {
+    ) -> Result<(Told, bool), Refusal> {
         let entry = self.arrival(name, caller, claim)?;
-        if entry.is_done() {
-            entry.settled();
-            let record = entry.record(entry.on_record());
-            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+        let is_to_settle = || entry.is_done() && !is_settled(&entry);
+        // Whoever puts the end on record may have to wait for room, and the source hears how far it is meanwhile.
+        if !is_to_settle() {
+            return Ok((proven(&entry), false));
         }
-        Ok(proven(&entry))
+        let _one_at_a_time = entry.recording.lock().await;
+        let settles = is_to_settle();
+        if settles {
+            let mut record = entry.record(entry.on_record());
+            if let Some(handover) = &mut record.handover {
+                handover.settled = true;
+            }
+            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+            entry.settled();
+        }
+        Ok((proven(&entry), settles))
     }
 }
 
@@ -390,6 +401,10 @@ pub(crate) async fn ended(entry: &Entry) -> Told {
     let mut changes = entry.changes();
     drop(changes.wait_for(|view| view.end.is_some()).await);
     proven(entry)
+}
+
+fn is_settled(entry: &Entry) -> bool {
+    entry.view().handover.is_some_and(|handover| handover.record.settled)
 }
 
 /// How far an arrival is. Over only once that is on record.

@@ -263,13 +263,15 @@ impl Offer {
         } else if let Some(failure) = end.and_then(|end| end.failure) {
             agreed.abandon(&client, failure.message.chars().take(1024).collect()).await?;
         }
+        let mut pause = PAUSES.0;
         loop {
             let told = agreed.look(&client, true).await?;
             if told.step() == v1::HandoverStep::Over {
                 return Ok(());
             }
             // It is still bringing its devices back.
-            self.core.environment.sleep(PAUSES.0).await;
+            self.core.environment.sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! `MigrationService`.
 //!
 //! What a call decides has its audit line also where the caller hangs up before it hears how that ended: whoever waits for
-//! a device, or for a journal, may be gone by then. What a source says again and again, `CommitHandover`, has
-//! one line for what it brings about, however often it comes.
+//! a device, or for a journal, may be gone by then. The two that a source says again and again, `CommitHandover` and
+//! `GetHandover` with `settled`, have one line for what they bring about, however often they come.
 
 use std::sync::Arc;
 
@@ -247,13 +247,21 @@ impl MigrationService for Migrations {
     ) -> Result<Response<v1::GetHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
         let told = if wire.settled {
-            let line = Some(("GetHandover settled", wire.operation.clone()));
-            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-            let settled = self.audited(&caller, line, async move {
-                let name = operation_name("operation", &wire.operation)?;
-                core.settle_handover(&name, &by, &Claim::new(&wire, &wire.proof)?).await
-            });
-            settled.await?
+            let (core, caller) = (Arc::clone(&self.core), caller.clone());
+            let settling = async move {
+                let settled = async {
+                    let name = operation_name("operation", &wire.operation)?;
+                    let claim = Claim::new(&wire, &wire.proof)?;
+                    core.settle_handover(&name, &caller.identity.to_string(), &claim).await
+                };
+                let settled = settled.await;
+                // Its source asks until it is over, and after that nothing changes any more.
+                if !matches!(settled, Ok((_, false))) {
+                    audit(&caller, "GetHandover settled", &wire.operation, &settled);
+                }
+                Ok(settled?.0)
+            };
+            to_its_end(&self.core.tasks, settling).await?
         } else {
             // Read, and nothing more. Others than the source may look, who have nothing to prove.
             let name = operation_name("operation", &wire.operation).map_err(Refusal::from)?;
