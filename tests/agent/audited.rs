@@ -3,6 +3,7 @@
 //! ```text
 //!   destination: ENDED cannot be recorded --CommitHandover, 100 times, none waited for--> one line, once it is
 //!                                         --GetHandover settled, again and again------> one line, once it is over
+//!   Resolve with a statement --> the statement, whole
 //! ```
 //! All is on one thread: the subscriber is this thread's.
 
@@ -23,6 +24,7 @@ use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::failpoint::{Failing, fail};
 use vfio_checkpoint_server::telemetry;
 
+use crate::doubt::in_doubt;
 use crate::faulty::Faulty;
 use crate::flow::{done, soon};
 use crate::migrations::{manual, prepared};
@@ -172,5 +174,33 @@ async fn a_farewell_is_audited_where_it_settles_something_and_asks_ever_less_oft
         assert_eq!(told.step(), v1::HandoverStep::Over);
     }
     assert_eq!(audit.of("GetHandover settled", "succeeded").len(), 1);
+    pair.stop().await;
+}
+
+/// What somebody answers for is for whoever reads the audit log: all of it, and in letters.
+#[tokio::test]
+async fn what_an_admin_states_is_in_the_line_whole() {
+    let (audit, _guard) = Audit::begin();
+    let (pair, _, source, name) = in_doubt().await;
+    let statement = format!("für {} it's off: \\o\nly", "x".repeat(300));
+    let admin = pair.lab.client(&pair.source, "admin").await;
+    let resolve = |statement: &str| v1::ResolveRequest {
+        operation: name.clone(),
+        resolution: v1::Resolution::ResumeHere.into(),
+        peer_is_fenced: true,
+        statement: statement.to_owned(),
+        ..Default::default()
+    };
+    // With a line of its own in it, it is refused, and makes no line of the log.
+    assert!(admin.resolve(resolve(&statement)).await.is_err());
+    let statement = statement.replace("\\o\n", "on");
+    admin.resolve(resolve(&statement)).await.unwrap();
+    audit.come("Resolve", "succeeded", 1).await;
+    let forged = &audit.of("Resolve", "failed")[0]["statement"];
+    assert!(forged.as_str().is_some_and(|text| text.ends_with("it's off: \\\\o\\nly")), "{forged}");
+    let line = &audit.of("Resolve", "succeeded")[0];
+    assert_eq!(line["statement"], statement);
+    assert_eq!(line["resource"], format!("{name} RESOLUTION_RESUME_HERE fenced=true accept_loss=false"));
+    soon(done(&source, &name)).await;
     pair.stop().await;
 }

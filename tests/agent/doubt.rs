@@ -10,7 +10,7 @@ use crate::migrations::{stuck, when};
 use crate::pair::{Pair, small};
 
 /// Two devices at the destination, of which the second does not start, and the source in doubt about it.
-async fn in_doubt() -> (Pair, (Vec<[u8; 32]>, Vec<[u8; 32]>), Client, String) {
+pub(crate) async fn in_doubt() -> (Pair, (Vec<[u8; 32]>, Vec<[u8; 32]>), Client, String) {
     let pair = Pair::with(2, small, &[], &stuck(), |_| {}).await;
     let before = pair.digests();
     let (source, _) = pair.migrator().await;

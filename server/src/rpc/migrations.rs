@@ -15,7 +15,7 @@ use vfio_checkpoint_proto::proof::Claim;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
-use super::{Asker, Refusal, audit, messages, open, say, spec, to_its_end};
+use super::{Asker, Refusal, audit, audit_stating, messages, open, say, spec, to_its_end};
 use crate::core::Core;
 use crate::migration::ended;
 use crate::operation::{Entry, Starter};
@@ -142,18 +142,23 @@ impl MigrationService for Migrations {
         let (caller, wire) = open(request)?;
         // What was decided, and what is answered for, belongs into the audit line.
         let resource = format!(
-            "{} {} fenced={} accept_loss={} {}",
+            "{} {} fenced={} accept_loss={}",
             wire.operation,
             wire.resolution().as_str_name(),
             wire.peer_is_fenced,
-            wire.accept_loss,
-            wire.statement.escape_default().take(1024).collect::<String>()
+            wire.accept_loss
         );
-        let line = (!wire.validate_only).then_some(("Resolve", resource));
+        let (statement, decides) = (wire.statement.clone(), !wire.validate_only);
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let (waits, asker) = Asker::waiting();
-        let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by, asker).await });
-        let resolved = resolved.await?;
+        let resolving = async move {
+            let resolved = async { core.resolve(spec(wire)?, by, asker).await }.await;
+            if decides {
+                audit_stating(&caller, "Resolve", &resource, &statement, &resolved);
+            }
+            resolved
+        };
+        let resolved = to_its_end(&self.core.tasks, resolving).await?;
         drop(waits);
         let (destination, destination_error) = match resolved.destination {
             Ok(told) => (Some(told), String::new()),

@@ -141,11 +141,22 @@ fn say(
 
 /// One line for what the caller made of its authority.
 fn audit<T>(caller: &Caller, action: &str, resource: &str, done: &Result<T, Refusal>) {
+    audit_stating(caller, action, resource, "", done);
+}
+
+/// The same, with what the caller answers for.
+fn audit_stating<T>(
+    caller: &Caller,
+    action: &str,
+    resource: &str,
+    statement: &str,
+    done: &Result<T, Refusal>,
+) {
     let result = match done {
         Ok(_) => AuditResult::Succeeded,
         Err(refusal) => AuditResult::Failed { reason: refusal.reason().as_reason() },
     };
-    audit::record(caller, action, resource, result);
+    audit::record(caller, action, resource, statement, result);
 }
 
 /// The message of a request with its caller.

@@ -7,7 +7,8 @@
 //!
 //! The target is a stream of its own: a subscriber routes it to where audit lines are kept, whatever the log
 //! level. Text that a caller chooses (a method path, a resource) is escaped and shortened, so that no caller
-//! can forge a line. Nothing secret is in a line: no key, no token, no byte of a device's state.
+//! can forge a line. What an admin answers for has a field of its own, whole and in its letters. Nothing secret is
+//! in a line: no key, no token, no byte of a device's state.
 
 use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -21,6 +22,8 @@ use super::roles::RoleSet;
 pub const TARGET: &str = "audit";
 /// What a caller chooses is cut here.
 const TEXT_MAX_CHARS: usize = 256;
+/// What somebody answers for is cut here: it is never longer where it is taken.
+const STATEMENT_MAX_CHARS: usize = 1024;
 
 /// What was decided, or what became of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,6 +84,11 @@ pub struct AuditLine<'a> {
 impl AuditLine<'_> {
     /// Writes it.
     pub fn emit(&self) {
+        self.emit_stating("");
+    }
+
+    /// Writes it, with what the caller answers for.
+    fn emit_stating(&self, statement: &str) {
         let time_unix_ms = self.time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
         let who = self.caller.map(|caller| caller.identity.to_string()).unwrap_or_default();
         let key = self.caller.map(|caller| caller.public_key_hash.to_string()).unwrap_or_default();
@@ -97,13 +105,14 @@ impl AuditLine<'_> {
             result = self.result.name(),
             reason = self.result.reason(),
             request_id = %Plain(self.request_id.unwrap_or_default()),
+            statement = %Stated(statement),
             "audit"
         );
     }
 }
 
-/// Writes a line for a handler: what became of a call on a resource.
-pub fn record(caller: &Caller, action: &str, resource: &str, result: AuditResult) {
+/// Writes a line for a handler: what became of a call on a resource, and what its caller answers for.
+pub fn record(caller: &Caller, action: &str, resource: &str, statement: &str, result: AuditResult) {
     AuditLine {
         time: SystemTime::now(),
         caller: Some(caller),
@@ -113,7 +122,7 @@ pub fn record(caller: &Caller, action: &str, resource: &str, result: AuditResult
         result,
         request_id: None,
     }
-    .emit();
+    .emit_stating(statement);
 }
 
 /// A stranger's text: shortened, on one line, without control characters.
@@ -122,5 +131,17 @@ struct Plain<'a>(&'a str);
 impl fmt::Display for Plain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.chars().take(TEXT_MAX_CHARS).try_for_each(|c| write!(f, "{}", c.escape_default()))
+    }
+}
+
+/// A statement of a stranger, for people: its letters as they are, on one line, without control characters.
+struct Stated<'a>(&'a str);
+
+impl fmt::Display for Stated<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.chars().take(STATEMENT_MAX_CHARS).try_for_each(|c| match c {
+            '\'' => write!(f, "{c}"),
+            c => write!(f, "{}", c.escape_debug()),
+        })
     }
 }

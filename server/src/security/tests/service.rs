@@ -286,7 +286,7 @@ async fn a_handler_writes_what_became_of_it_and_cannot_be_made_to_write_more() {
         public_key_hash: certificate.public_key_hash,
     };
     let forged = format!("save\n{{\"target\":\"audit\"}}{}", "x".repeat(1000));
-    record(&caller, &forged, "devices/d0", AuditResult::Failed { reason: "DEVICE_LEASED" });
+    record(&caller, &forged, "devices/d0", "", AuditResult::Failed { reason: "DEVICE_LEASED" });
     let [line] = &lines.audit()[..] else { panic!("one line: {:?}", lines.audit()) };
     assert_eq!(line[0], "spiffe://lab.example/a");
     assert!(line[1].starts_with("save\\n{") && line[1].len() < 300, "{}", line[1]);
