@@ -14,6 +14,7 @@
 
 use bytes::Bytes;
 use vfio_checkpoint_client::call::Client;
+use vfio_checkpoint_fsm::handover::Verdict;
 use vfio_checkpoint_proto::ids::{Epoch, OperationName, Ticket};
 use vfio_checkpoint_proto::proof::{Claim, Proven as _};
 use vfio_checkpoint_proto::v1;
@@ -84,5 +85,16 @@ impl Agreed {
         let found = found.ok_or_else(|| PeerError::Answer("it has no record in it".to_owned()))?;
         let is_proven = Claim::new(&found, proof).is_ok_and(|claim| claim.holds(&self.secret));
         if is_proven { Ok(found) } else { Err(PeerError::Unproven) }
+    }
+}
+
+/// What a destination has decided. None where it has not.
+pub(super) fn verdict(told: &v1::HandoverRecord) -> Option<Verdict> {
+    match told.verdict() {
+        v1::HandoverVerdict::Unspecified => None,
+        v1::HandoverVerdict::Committed => Some(Verdict::Committed),
+        v1::HandoverVerdict::Refused => Some(Verdict::Refused),
+        v1::HandoverVerdict::Lost => Some(Verdict::Lost),
+        v1::HandoverVerdict::Broken => Some(Verdict::Broken),
     }
 }

@@ -30,7 +30,7 @@ use vfio_checkpoint_proto::domain::{self, ResolveSpec};
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1;
 
-use super::agreed::Agreed;
+use super::agreed::{Agreed, verdict};
 use super::peer::PeerError;
 use crate::core::Core;
 use crate::journal::Change;
@@ -121,7 +121,7 @@ impl Core {
             at: self.environment.unix_now(),
             statement: spec.statement,
         };
-        self.put_on_record(&entry, decision, told.and_then(verdict)).await?;
+        self.put_on_record(&entry, decision, told.and_then(verdict).map(Into::into)).await?;
         entry.signals.say_resolved();
         Ok(Resolved { entry: Arc::clone(&entry), destination, refused: None, devices })
     }
@@ -217,22 +217,11 @@ fn is_in_doubt(entry: &Entry) -> bool {
 /// What is known of the destination. What it has said once it cannot take back.
 fn evidence(entry: &Entry, told: Option<&v1::HandoverRecord>) -> Evidence {
     let known = entry.view().handover.and_then(|handover| handover.record.verdict);
-    let told_now = told.and_then(verdict);
-    match (known.or(told_now), told) {
-        (Some(verdict), _) => Evidence::Told(verdict.into()),
+    let known = known.map(Into::into).or_else(|| told.and_then(verdict));
+    match (known, told) {
+        (Some(verdict), _) => Evidence::Told(verdict),
         (None, Some(_)) => Evidence::Undecided,
         (None, None) => Evidence::Nothing,
-    }
-}
-
-/// What a destination has decided, where it has.
-fn verdict(told: &v1::HandoverRecord) -> Option<VerdictRecord> {
-    match told.verdict() {
-        v1::HandoverVerdict::Unspecified => None,
-        v1::HandoverVerdict::Committed => Some(VerdictRecord::Committed),
-        v1::HandoverVerdict::Refused => Some(VerdictRecord::Refused),
-        v1::HandoverVerdict::Lost => Some(VerdictRecord::Lost),
-        v1::HandoverVerdict::Broken => Some(VerdictRecord::Broken),
     }
 }
 

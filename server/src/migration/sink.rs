@@ -29,10 +29,9 @@ use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_device::operation::{BoxError, Settled, StateSink, Word};
 use vfio_checkpoint_device::{ConfigCapture, chain};
 use vfio_checkpoint_fsm::SaveEvent;
-use vfio_checkpoint_fsm::handover::Verdict;
 use vfio_checkpoint_proto::v1;
 
-use super::agreed::Agreed;
+use super::agreed::{Agreed, verdict};
 use super::peer::PeerError;
 use crate::core::Core;
 use crate::failpoint::is_planted;
@@ -121,15 +120,9 @@ impl Offer {
 
     /// Takes in what the destination has on record. None where that decides nothing yet.
     async fn heard(&self, told: &v1::HandoverRecord) -> Option<Settled> {
-        let verdict = match told.verdict() {
-            v1::HandoverVerdict::Unspecified => {
-                self.doubt(format!("the destination has not decided: it is {}", told.step().as_str_name()));
-                return None;
-            }
-            v1::HandoverVerdict::Committed => Verdict::Committed,
-            v1::HandoverVerdict::Refused => Verdict::Refused,
-            v1::HandoverVerdict::Lost => Verdict::Lost,
-            v1::HandoverVerdict::Broken => Verdict::Broken,
+        let Some(verdict) = verdict(told) else {
+            self.doubt(format!("the destination has not decided: it is {}", told.step().as_str_name()));
+            return None;
         };
         let message: String = told.message.chars().take(1024).collect();
         {
