@@ -19,6 +19,7 @@ pub mod domain;
 pub mod frame;
 pub mod ids;
 pub mod parts;
+pub mod proof;
 mod reason;
 pub mod stream;
 pub mod version;

@@ -27,6 +27,7 @@ use crate::core::Core;
 use crate::environment::Environment;
 use crate::failpoint::reached;
 use crate::journal::{DeviceRecord, Journal, JournalError, Recorded};
+use crate::migration::say_farewells;
 use crate::operation::record::OperationRecord;
 use crate::operation::{Entry, Operations, Unfinished};
 use crate::registry::keeper::{Keeper, KeeperError};
@@ -157,6 +158,7 @@ pub async fn boot(
 
     core.tasks.spawn(retry_unavailable(Arc::clone(&core), opener, before, arriving));
     core.tasks.spawn(forget_finished(Arc::clone(&core)));
+    core.tasks.spawn(say_farewells(Arc::clone(&core)));
     core.tasks.spawn(try_journal(Arc::clone(&core)));
     core.tasks.spawn(look_after_stores(Arc::clone(&core)));
     if let Some(keeper) = keeper {

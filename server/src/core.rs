@@ -50,13 +50,13 @@ pub struct Core {
     alive: watch::Sender<()>,
 }
 
-/// Tasks that must not outlive the agent: each may have devices and the journal.
-#[derive(Debug)]
-pub struct Tasks(Mutex<Option<JoinSet<()>>>);
+/// Tasks that must not outlive the agent: each may have devices and the journal. Clones are the same tasks.
+#[derive(Debug, Clone)]
+pub struct Tasks(Arc<Mutex<Option<JoinSet<()>>>>);
 
 impl Default for Tasks {
     fn default() -> Self {
-        Self(Mutex::new(Some(JoinSet::new())))
+        Self(Arc::new(Mutex::new(Some(JoinSet::new()))))
     }
 }
 

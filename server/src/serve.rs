@@ -11,14 +11,18 @@
 //! What is still under way when the grace is over is left to the agent's next start, which the journal and the holder
 //! make safe; that is also how a kill ends.
 
+mod end;
+
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio_stream::Stream;
 
 use tonic::server::NamedService;
 use tonic::transport::Server;
@@ -36,9 +40,8 @@ use vfio_checkpoint_proto::v1::operation_service_server::OperationServiceServer;
 use crate::boot::{BootError, boot};
 use crate::config::AgentConfig;
 use crate::core::Core;
-use crate::counted::counted;
+use crate::counted::{Count, Counted, counted};
 use crate::environment::Environment;
-use crate::operation::{Cancel, Entry, Phase};
 use crate::rpc::{Bulk, Checkpoints, Devices, Migrations, OperationsService, UnreadLayer};
 use crate::security::accept::{AcceptLimits, Listener};
 use crate::security::authorize::AuthorizeLayer;
@@ -48,6 +51,7 @@ use crate::security::peers::{PeerLimits, PeerRegistry};
 use crate::security::reload::TlsSource;
 use crate::security::roles::{Policy, PolicyHandle};
 use crate::telemetry::TraceLayer;
+use end::{LAST_CALLS, close, left, shut, undo_all};
 
 /// What a stream may have under way before its reader must say that it goes on. Enough for a fast link, and the bound on
 /// what a peer that sends and never listens can make the agent keep.
@@ -111,7 +115,9 @@ pub struct Agent {
     peers: PeerRegistry,
     stop: watch::Sender<bool>,
     serving: JoinHandle<Result<(), tonic::transport::Error>>,
-    helpers: Vec<JoinHandle<()>>,
+    accepting: JoinHandle<()>,
+    health: Option<(JoinHandle<()>, Count)>,
+    helpers: JoinSet<()>,
 }
 
 impl Agent {
@@ -133,7 +139,7 @@ impl Agent {
         let core = boot(Arc::clone(&config), environment, Some(tls.clone())).await?;
 
         let server = &config.server;
-        let peers = PeerRegistry::start(
+        let (peers, enforcing) = PeerRegistry::new(
             tls.clone(),
             PeerLimits {
                 max_connections: server.max_connections,
@@ -190,23 +196,22 @@ impl Agent {
                     .build_v1()
                     .map_err(ServeError::Reflection)?,
             );
-        let serving =
-            tokio::spawn(routes.serve_with_incoming_shutdown(listener.incoming(), said(stopped.clone())));
+        let (incoming, accepting) = listener.incoming();
+        let accepting = tokio::spawn(accepting);
+        let serving = tokio::spawn(routes.serve_with_incoming_shutdown(incoming, said(stopped.clone())));
 
         let telling = tokio::spawn(tell_of_journal(core.journal.failing(), reporter.clone()));
-        let mut helpers = Vec::new();
+        let mut helpers = JoinSet::new();
+        helpers.spawn(enforcing);
         let interval = config.tls.reload_interval.unwrap_or(DEFAULT_RELOAD);
-        helpers.push(tokio::spawn(tls.clone().poll(interval)));
+        helpers.spawn(tls.clone().poll(interval));
         let health_address = health_listening.as_ref().and_then(|listening| listening.local_address().ok());
-        if let Some(listening) = health_listening {
-            helpers.push(tokio::spawn(serve_health(listening, health, said(stopped))));
-        }
-        tracing::info!(
-            %address,
-            ?health_address,
-            devices = config.devices.len(),
-            "serving"
-        );
+        let health = health_listening.map(|listening| {
+            let count = Count::new();
+            let incoming = counted(listening, count.clone());
+            (tokio::spawn(serve_health(incoming, health, said(stopped))), count)
+        });
+        tracing::info!(%address, ?health_address, devices = config.devices.len(), "serving");
         Ok(Self {
             core,
             address,
@@ -218,6 +223,8 @@ impl Agent {
             peers,
             stop,
             serving,
+            accepting,
+            health,
             helpers,
         })
     }
@@ -262,10 +269,10 @@ impl Agent {
     }
 
     /// Ends it: nothing is admitted any more, what runs is undone, what is held stays held where a holder keeps its
-    /// devices, and is undone where none does. When this returns its connections and tasks are over and its journal is
-    /// closed: another agent can begin.
+    /// devices, and is undone where none does. When this returns its connections and tasks are over, its devices are closed
+    /// and so is its journal: another agent can begin.
     pub async fn stop(self) -> Result<(), ServeError> {
-        let Self { core, reporter, telling, peers, stop, mut serving, helpers, .. } = self;
+        let Self { core, reporter, telling, peers, stop, serving, accepting, health, mut helpers, .. } = self;
         let grace = core.config.server.shutdown_grace;
         core.begin_ending();
         telling.abort();
@@ -282,51 +289,34 @@ impl Agent {
         clear_status(reporter).await;
         stop.send_replace(true);
         // Watchers and waiters may hold their calls for ever.
-        let ended = tokio::select! {
-            biased;
-            ended = &mut serving => ended,
-            () = core.environment.sleep(LAST_CALLS) => {
-                serving.abort();
-                Ok(Ok(()))
-            }
-        };
-        for helper in helpers {
-            helper.abort();
-        }
+        let environment = core.environment.clone();
+        let late = async move { environment.sleep(LAST_CALLS).await }.boxed().shared();
+        let ended = shut(serving, late.clone()).await;
         peers.cut("the agent ends", |_| true);
+        let health = match health {
+            Some((serving, count)) => {
+                // How it ended it has said.
+                let _ = shut(serving, late).await;
+                Some(count)
+            }
+            None => None,
+        };
         core.tasks.end().await;
-        close(core).await;
+        left(&core.environment, &peers, health).await;
+        // It was over when there was nobody left to accept for.
+        let _ = accepting.await;
+        helpers.shutdown().await;
+        close(core, grace).await;
         match ended {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(ServeError::Grpc(error)),
-            Err(_) => Err(ServeError::Died),
+            None | Some(Ok(Ok(()))) => Ok(()),
+            Some(Ok(Err(error))) => Err(ServeError::Grpc(error)),
+            Some(Err(_)) => Err(ServeError::Died),
         }
     }
-}
-
-/// Gives back what an agent has for itself alone: its journal and its holder.
-async fn close(core: Arc<Core>) {
-    let (journal, keeper, environment) =
-        (core.journal.clone(), core.keeper.clone(), core.environment.clone());
-    let gone = core.gone();
-    drop(core);
-    tokio::select! {
-        biased;
-        () = gone => {}
-        () = environment.sleep(LAST_CALLS) => {
-            tracing::warn!("a call is not over yet; until then the journal stays locked by this process");
-        }
-    }
-    if let Some(keeper) = keeper {
-        keeper.hang_up().await;
-    }
-    journal.settled().await;
 }
 
 /// How often certificates are read again, where nothing is configured.
 const DEFAULT_RELOAD: Duration = Duration::from_secs(30);
-/// How long calls have to end once nothing is under way any more.
-const LAST_CALLS: Duration = Duration::from_secs(2);
 
 fn tls_source(config: &AgentConfig, environment: &Environment) -> Result<TlsSource, ServeError> {
     let files = TlsFiles {
@@ -353,7 +343,7 @@ async fn said(mut stopped: watch::Receiver<bool>) {
 
 /// The plain listener. It has a single service, and small limits: whoever reaches the port can call it.
 async fn serve_health<H: Health>(
-    listening: Box<dyn network::Listener>,
+    incoming: impl Stream<Item = io::Result<Counted>>,
     health: HealthServer<H>,
     stopped: impl Future<Output = ()>,
 ) {
@@ -366,7 +356,7 @@ async fn serve_health<H: Health>(
         .max_connection_age(Duration::from_mins(5))
         .max_connection_age_grace(Duration::from_secs(5))
         .add_service(health.max_decoding_message_size(4 << 10))
-        .serve_with_incoming_shutdown(counted(listening), stopped)
+        .serve_with_incoming_shutdown(incoming, stopped)
         .await;
     if let Err(error) = served {
         tracing::error!(error = %chain(&error), "the health listener ended");
@@ -414,60 +404,4 @@ async fn set_not_serving(reporter: &HealthReporter) {
     reporter.set_not_serving::<CheckpointServiceServer<Checkpoints>>().await;
     reporter.set_not_serving::<MigrationServiceServer<Migrations>>().await;
     reporter.set_not_serving::<OperationServiceServer<OperationsService>>().await;
-}
-
-/// Undoes every operation that is under way, except those that are held, and whose devices the holder has.
-async fn undo_all(core: &Core) {
-    let kept = match &core.keeper {
-        Some(keeper) => keeper.held().await.unwrap_or_else(|error| {
-            tracing::error!(error = %chain(&error), "the holder cannot be asked, so what is held is undone");
-            Vec::new()
-        }),
-        None => Vec::new(),
-    };
-    let is_kept = |entry: &Entry| entry.device_names().all(|name| kept.iter().any(|kept| kept == name.id()));
-    let mut running = core.operations.running();
-    loop {
-        let mut left = 0;
-        for entry in core.operations.active() {
-            // Nobody can undo anything on a device that does not answer: the next agent takes it up. Nor about what another
-            // agent has been told to run; but where nobody keeps it here its answer is waited for, as long as there is time.
-            let phase = entry.view().phase;
-            let stays = match phase {
-                Phase::Held => true,
-                Phase::Prepared => !entry.fixed.job.gives(),
-                Phase::Committing => entry.fixed.job.gives(),
-                Phase::WaitingForStream
-                | Phase::Preparing
-                | Phase::PreCopy
-                | Phase::WaitingForCutover
-                | Phase::Stopping
-                | Phase::StopCopy
-                | Phase::Sealing
-                | Phase::Marking
-                | Phase::Loading
-                | Phase::Verifying
-                | Phase::Resuming
-                | Phase::LettingGo
-                | Phase::Unwinding
-                | Phase::Done => false,
-            };
-            if entry.signals.waits_for_device() || stays && is_kept(&entry) {
-                continue;
-            }
-            left += 1;
-            if let Err(refused) = entry.cancel(Cancel::ShuttingDown) {
-                tracing::debug!(operation = %entry.fixed.name, %refused, "ends by itself");
-            }
-        }
-        if left == 0 {
-            return;
-        }
-        tokio::select! {
-            biased;
-            changed = running.changed() => if changed.is_err() { return },
-            // A hold may have begun, or an operation come to where it can be undone.
-            () = core.environment.sleep(Duration::from_millis(50)) => {}
-        }
-    }
 }

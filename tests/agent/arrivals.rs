@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use tonic::Code;
 use vfio_checkpoint_proto::v1;
+use vfio_checkpoint_server::failpoint::fail;
 use vfio_checkpoint_server::migration::Tickets;
 
-use crate::flow::{Bench, Line, at_once, device, millis, refused, soon};
+use crate::flow::{Bench, Line, at_once, device, done, millis, refused, soon};
 use crate::lab::{Lab, start};
-use crate::migrations::prepare_request;
+use crate::migrations::{moved, prepare_request, stayed};
 use crate::pair::{Pair, small};
 
 /// A device that does not answer keeps whoever asks for it waiting, and nobody else.
@@ -101,4 +102,29 @@ async fn nobody_has_all_tickets() {
     let other = pair.lab.client_named(&pair.destination, "spiffe://lab.test/migrator/other").await;
     other.admit(admission).await.unwrap();
     pair.stop().await;
+}
+
+/// What is in the way for a moment uses up no ticket: whoever asks again is let in, or is told what is still in the way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepare_that_comes_to_nothing_for_now_leaves_the_ticket_as_it_was() {
+    for lasts in [false, true] {
+        let pair = Pair::new(1).await;
+        let before = pair.digests();
+        let (source, _) = pair.migrator().await;
+        let mut failing = fail(&pair.lab.path("destination").join("state"), "commit of ADMITTED", 0);
+        let name = pair.start(|_, _| {}).await;
+        soon(failing.times(1)).await;
+        let failing = lasts.then_some(failing);
+        let ended = soon(done(&source, &name)).await;
+        if lasts {
+            let message = ended.failure.clone().unwrap().message;
+            assert!(message.contains("journal") && !message.contains("ticket"), "{message}");
+            stayed(&pair, &before);
+        } else {
+            assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
+            moved(&pair, &before);
+        }
+        drop(failing);
+        pair.stop().await;
+    }
 }

@@ -12,6 +12,7 @@ use prost::Message as _;
 use tokio_stream::StreamExt as _;
 use tonic::body::Body;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 use tower::ServiceExt as _;
 use vfio_checkpoint_client::transfer::Incoming;
 use vfio_checkpoint_proto::v1;
@@ -83,17 +84,20 @@ async fn a_callers_trailers_are_nobodys_words() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_no_message_ends_the_answer_with_why() {
     let too_long = [&[0][..], &u32::MAX.to_be_bytes()].concat();
-    for (what, code) in [
-        (framed(0, &[0xff; 9]), Code::InvalidArgument),
-        (framed(1, b"packed"), Code::Unimplemented),
-        (too_long.into(), Code::OutOfRange),
+    for (what, code, reason) in [
+        (framed(0, &[0xff; 9]), Code::InvalidArgument, "REQUEST_UNREADABLE"),
+        (framed(1, b"packed"), Code::Unimplemented, "REQUEST_ENCODING"),
+        (too_long.into(), Code::OutOfRange, "REQUEST_TOO_LONG"),
         // The body ends within it.
-        (Bytes::from_static(&[0, 0, 0]), Code::InvalidArgument),
+        (Bytes::from_static(&[0, 0, 0]), Code::InvalidArgument, "REQUEST_UNREADABLE"),
     ] {
         let (failure, ended) = saved_with(vec![Frame::data(what.clone())]).await;
         assert_eq!(failure.reason, "STREAM_BROKEN", "{what:?}");
         let ended = ended.unwrap_or_else(|| panic!("{what:?} ended well"));
         assert_eq!(ended.code(), code, "{ended}");
+        let info =
+            ended.get_details_error_info().unwrap_or_else(|| panic!("{what:?} has no reason: {ended:?}"));
+        assert_eq!((info.domain.as_str(), info.reason.as_str()), ("vfio.checkpoint.v1", reason));
         assert!(failure.message.contains(ended.message()), "{failure:?} and {ended}");
     }
 }

@@ -115,11 +115,24 @@ async fn a_word_that_is_swallowed_is_said_again_until_it_is_answered() {
 }
 
 /// However long it takes until the destination's workload is ready: the stream that waits for it does not break, and the
-/// commit has all of its time after that.
+/// commit has all of its time after that. A destination does not know how long its source waits to hear of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_hears_of_the_destination_for_as_long_as_ready_takes() {
+    for is_alone in [false, true] {
+        hears_until_ready(is_alone).await;
+    }
+}
+
+/// With a patience that is short on both sides, or on the source's alone.
+async fn hears_until_ready(is_alone: bool) {
     let idle = Duration::from_millis(300);
-    let pair = Pair::with(1, small, &[], &[], |config| config.server.stream_idle_timeout = idle).await;
+    let is_source = std::sync::atomic::AtomicBool::new(true);
+    let pair = Pair::with(1, small, &[], &[], |config| {
+        if is_source.swap(false, std::sync::atomic::Ordering::Relaxed) || !is_alone {
+            config.server.stream_idle_timeout = idle;
+        }
+    })
+    .await;
     let before = pair.digests();
     let (source, destination) = pair.migrator().await;
     let name = pair

@@ -10,7 +10,7 @@ use crate::migrations::{stuck, when};
 use crate::pair::{Pair, small};
 
 /// Two devices at the destination, of which the second does not start, and the source in doubt about it.
-async fn in_doubt() -> (Pair, (Vec<[u8; 32]>, Vec<[u8; 32]>), Client, String) {
+pub(crate) async fn in_doubt() -> (Pair, (Vec<[u8; 32]>, Vec<[u8; 32]>), Client, String) {
     let pair = Pair::with(2, small, &[], &stuck(), |_| {}).await;
     let before = pair.digests();
     let (source, _) = pair.migrator().await;
@@ -66,9 +66,11 @@ async fn where_only_a_part_runs_there_an_admin_decides() {
     pair.stop().await;
 }
 
+/// What runs at the destination goes on there as what it is, and what was reset there as nobody that was known before.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_admin_can_let_the_source_go() {
     let (pair, before, source, name) = in_doubt().await;
+    let lives = [device(&source, "n0").await, device(&source, "n1").await];
     let admin = pair.lab.client(&pair.source, "admin").await;
     let let_go = v1::ResolveRequest {
         operation: name.clone(),
@@ -80,8 +82,21 @@ async fn an_admin_can_let_the_source_go() {
     admin.resolve(let_go.clone()).await.unwrap();
     let ended = soon(done(&source, &name)).await;
     assert_eq!((failure(&ended), ended.outcome()), ("RESOLVED", v1::StateOutcome::StateLost));
-    assert!(pair.digests().0.iter().zip(before.0).all(|(now, was)| *now != was));
+    assert!(pair.digests().0.iter().zip(&before.0).all(|(now, was)| now != was));
     assert!(pair.here.iter().all(|bench| bench.device.state() == State::Running));
     refused(admin.resolve(let_go).await, Code::FailedPrecondition, "NOT_IN_DOUBT");
+
+    let there = pair.lab.client(&pair.destination, "admin").await;
+    for name in pair.names() {
+        let keep =
+            v1::ResetDeviceRequest { name, mode: v1::ResetMode::KeepState.into(), ..Default::default() };
+        assert!(!there.reset_device(keep).await.unwrap().state_lost);
+    }
+    let [runs, blank] = lives.map(|device| device.logical_device.unwrap());
+    let now = device(&there, "n0").await.logical_device.unwrap();
+    assert_eq!((now.id, now.epoch), (runs.id, runs.epoch + 1));
+    assert_ne!(device(&there, "n1").await.logical_device.unwrap().id, blank.id);
+    assert_eq!(pair.digests().1[0], before.0[0]);
+    assert_ne!(pair.digests().1[1], before.0[1]);
     pair.stop().await;
 }

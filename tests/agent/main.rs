@@ -12,6 +12,7 @@
 )]
 
 mod arrivals;
+mod audited;
 mod blockers;
 mod bodies;
 mod broken;
@@ -33,6 +34,7 @@ mod lab;
 mod late;
 mod limits;
 mod listing;
+mod logged;
 mod migrations;
 mod operations;
 mod owed;
@@ -47,8 +49,11 @@ mod roles;
 mod rude;
 mod save_restore;
 mod saves;
+mod stale;
+mod stopped;
 mod stored;
 mod streams;
 mod told;
+mod twin;
 mod unrecorded;
 mod unshared;

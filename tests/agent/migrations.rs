@@ -5,6 +5,8 @@ use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_device::fault::Fault;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::{Capabilities, State};
+use vfio_checkpoint_proto::ids::Ticket;
+use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 
 use crate::flow::{device, done, failure, millis, refused, request_id, soon, violations};
@@ -376,39 +378,44 @@ async fn who_has_not_prepared_decides_nothing() {
     let arrival = handover.peer_operation;
     let as_source = pair.lab.client_named(&pair.destination, "spiffe://lab.test/agent/source").await;
     let peer = pair.lab.client(&pair.destination, "peer").await;
-    let secret = bytes::Bytes::from_static(&[0; 32]);
-    let commit = v1::CommitHandoverRequest { operation: arrival.clone(), epochs: vec![2], secret };
+    let guessed = Ticket([0; Ticket::BYTES]);
+    let commit =
+        v1::CommitHandoverRequest { operation: arrival.clone(), epochs: vec![2], ..Default::default() };
+    let commit = commit.proven(&guessed);
     for stranger in [&as_source, &peer] {
         let said = stranger.commit_handover(commit.clone()).await;
         refused(said, Code::PermissionDenied, "NOT_YOUR_OPERATION");
         let abandon = v1::AbandonHandoverRequest {
             operation: arrival.clone(),
             reason: String::new(),
-            secret: commit.secret.clone(),
+            ..Default::default()
         };
+        let abandon = abandon.proven(&guessed);
         refused(stranger.abandon_handover(abandon).await, Code::PermissionDenied, "NOT_YOUR_OPERATION");
         // To look is nobody's secret.
         let get = v1::GetHandoverRequest { operation: arrival.clone(), ..Default::default() };
-        let told = stranger.get_handover(get.clone()).await.unwrap().handover.unwrap();
-        assert_eq!(told.step(), v1::HandoverStep::Prepared);
-        let settle = v1::GetHandoverRequest { settled: true, secret: commit.secret.clone(), ..get };
+        let told = stranger.get_handover(get.clone()).await.unwrap();
+        assert_eq!(told.handover.unwrap().step(), v1::HandoverStep::Prepared);
+        assert!(told.proof.is_empty(), "who proves nothing is proved nothing");
+        let looks = stranger.get_handover(get.clone().proven(&guessed)).await;
+        refused(looks, Code::PermissionDenied, "NOT_YOUR_OPERATION");
+        let settle = v1::GetHandoverRequest { settled: true, ..get }.proven(&guessed);
         refused(stranger.get_handover(settle).await, Code::PermissionDenied, "NOT_YOUR_OPERATION");
     }
     // To say again what the source said brings its secret to the source's key alone.
     let told = source.get_operation(v1::GetOperationRequest { name: name.clone() }).await.unwrap();
     let logical = told.operation.unwrap().devices[0].logical_device.clone().unwrap();
     let fingerprint = device(&source, "n0").await.fingerprint;
-    let again = prepare_request(pair.names(), &name, fingerprint, logical, commit.secret.clone());
+    let again = prepare_request(pair.names(), &name, fingerprint, logical, commit.proof.clone());
     refused(as_source.prepare(again).await, Code::FailedPrecondition, "TICKET_INVALID");
     assert_eq!(pair.there[0].device.state(), State::Resuming, "it waits on");
     // The right one, with an epoch that is not.
     let known = pair.destination.core().operations.get(&arrival.parse().unwrap()).unwrap();
     let secret = known.view().handover.unwrap().record.secret.unwrap();
-    let stale = v1::CommitHandoverRequest {
-        epochs: vec![1],
-        secret: bytes::Bytes::copy_from_slice(&secret.0),
-        ..commit.clone()
-    };
+    // Said of another epoch than it was proved of.
+    let other = v1::CommitHandoverRequest { epochs: vec![1], ..commit.clone().proven(&secret) };
+    refused(as_source.commit_handover(other).await, Code::PermissionDenied, "NOT_YOUR_OPERATION");
+    let stale = v1::CommitHandoverRequest { epochs: vec![1], ..commit.clone() }.proven(&secret);
     refused(as_source.commit_handover(stale).await, Code::FailedPrecondition, "STALE_EPOCH");
     assert_eq!(pair.there[0].device.state(), State::Resuming, "it waits on");
     source.commit(v1::CommitRequest { operation: name.clone() }).await.unwrap();

@@ -6,10 +6,11 @@ use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::config::AgentConfig;
+use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::serve::Agent;
 
 use crate::flow::{Bench, device};
-use crate::lab::{Lab, start};
+use crate::lab::Lab;
 
 /// The names of a set's devices, on both sides.
 pub(crate) const NAMES: [&str; 2] = ["n0", "n1"];
@@ -48,6 +49,19 @@ impl Pair {
         there: &[Fault],
         configure: impl Fn(&mut AgentConfig),
     ) -> Self {
+        let environments = [Environment::production(), Environment::production()];
+        Self::within(devices, kind, here, there, configure, environments).await
+    }
+
+    /// In these environments, of the source and of the destination.
+    pub(crate) async fn within(
+        devices: u64,
+        kind: impl Fn(u64) -> SimConfig,
+        here: &[Fault],
+        there: &[Fault],
+        configure: impl Fn(&mut AgentConfig),
+        [at_source, at_destination]: [Environment; 2],
+    ) -> Self {
         let lab = Lab::new();
         let bench = |first: u64, faults: &[Fault]| -> Vec<Bench> {
             (0..devices)
@@ -65,7 +79,8 @@ impl Pair {
             config
         };
         let (from, to) = (config("source", &here), config("destination", &there));
-        let (source, destination) = (start(from).await, start(to).await);
+        let source = Agent::start(from, at_source).await.unwrap();
+        let destination = Agent::start(to, at_destination).await.unwrap();
         let pair = Self { lab, source, destination, here, there };
         pair.fill();
         pair

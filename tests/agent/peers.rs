@@ -122,7 +122,7 @@ async fn renew(pair: &Pair) {
 }
 
 /// A migration over this relay, prepared and to be committed by hand.
-async fn prepared_over(pair: &Pair, relay: &Relay) -> Result<String, CallError> {
+pub(crate) async fn prepared_over(pair: &Pair, relay: &Relay) -> Result<String, CallError> {
     let over = |_: &mut v1::AdmitRequest, request: &mut v1::MigrateRequest| {
         manual(&mut v1::AdmitRequest::default(), request);
         request.target.as_mut().unwrap().endpoint = format!("https://localhost:{}", relay.address().port());

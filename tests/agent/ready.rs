@@ -2,11 +2,12 @@
 
 use tonic::Code;
 use vfio_checkpoint_fsm::State;
+use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 
-use crate::flow::{at_once, done, refused, soon};
-use crate::migrations::{moved, when};
-use crate::pair::Pair;
+use crate::flow::{at_once, done, failure, refused, soon};
+use crate::migrations::{manual, moved, stayed, when};
+use crate::pair::{Pair, small};
 
 /// A migration whose destination waits for Ready: its name, and its arrival's.
 async fn awaiting(pair: &Pair) -> (String, String) {
@@ -66,13 +67,43 @@ async fn no_commit_comes_before_ready() {
     let commit = v1::CommitHandoverRequest {
         operation: operation.clone(),
         epochs: record.epochs.iter().map(|epoch| epoch.0).collect(),
-        secret: bytes::Bytes::copy_from_slice(&record.secret.unwrap().0),
+        ..Default::default()
     };
+    let commit = commit.proven(&record.secret.unwrap());
     let early = soon(at_once(as_source).commit_handover(commit)).await;
     refused(early, Code::Unavailable, "NOT_READY");
     assert_eq!(pair.there[0].device.state(), State::Resuming);
     destination.ready(v1::ReadyRequest { operation }).await.unwrap();
     assert_eq!(soon(done(&source, &name)).await.result(), v1::OperationResult::Succeeded);
     moved(&pair, &before);
+    pair.stop().await;
+}
+
+/// What was waited for in vain is what both sides tell of: Ready, or else the source's word.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waited_in_vain_says_for_what() {
+    // Beside these the destination waits ten seconds longer than it is asked to.
+    let short = std::time::Duration::from_millis(300);
+    let pair = Pair::with(1, small, &[], &[], |config| config.server.stream_idle_timeout = short).await;
+    let before = pair.digests();
+    let (source, destination) = pair.migrator().await;
+    let in_a_second = |admission: &mut v1::AdmitRequest, request: &mut v1::MigrateRequest| {
+        manual(admission, request);
+        request.commit_timeout = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    };
+    let name = pair
+        .start(|admission, request| {
+            in_a_second(admission, request);
+            admission.require_ready = true;
+        })
+        .await;
+    let ended = soon(done(&source, &name)).await;
+    let arrival = soon(done(&destination, &ended.handover.clone().unwrap().peer_operation)).await;
+    assert_eq!(failure(&arrival), "OWNER_NOT_READY", "{arrival:?}");
+    for told in [&arrival, &ended] {
+        let message = &told.failure.as_ref().unwrap().message;
+        assert!(message.contains("did not say Ready within 11.5s"), "{message}");
+    }
+    stayed(&pair, &(before.0, pair.digests().1));
     pair.stop().await;
 }

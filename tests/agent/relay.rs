@@ -6,6 +6,7 @@
 //!                     admit(n): whoever comes after n connections is turned away
 //!                     cut(): both ends of every connection are closed
 //!                     mute(): nothing goes either way any more, and nothing is closed
+//!                     lead(): connections that come from now on go to somebody else
 //! ```
 //! Each connection is told what to do when it comes; the last instruction stands for all that follow.
 
@@ -37,6 +38,7 @@ pub(crate) struct Relay {
     admitted: watch::Sender<usize>,
     mute: watch::Sender<Mute>,
     cut: watch::Sender<()>,
+    to: watch::Sender<SocketAddr>,
 }
 
 /// What does not go through any more.
@@ -57,13 +59,15 @@ impl Relay {
         let mute = watch::Sender::new(Mute::default());
         let cut = watch::Sender::new(());
         let fates = Arc::new(Mutex::new(VecDeque::from(fates.to_vec())));
-        let (to, muted, cuts) = (agent.address(), mute.subscribe(), cut.clone());
+        let to = watch::Sender::new(agent.address());
+        let (leads, muted, cuts) = (to.subscribe(), mute.subscribe(), cut.clone());
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 if *count.borrow() >= *limit.borrow() {
                     turn_away.send_modify(|count| *count += 1);
                     continue;
                 }
+                let to = *leads.borrow();
                 let Ok(far) = TcpStream::connect(to).await else { return };
                 let fate = {
                     let mut fates = fates.lock().unwrap();
@@ -77,7 +81,7 @@ impl Relay {
                 tokio::spawn(carry(near, far, fate, muted.clone(), cuts.subscribe()));
             }
         });
-        Self { address, connections, turned_away, admitted, mute, cut }
+        Self { address, connections, turned_away, admitted, mute, cut, to }
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -102,6 +106,11 @@ impl Relay {
     /// Every connection that there is breaks. Those that come from now on are well.
     pub(crate) fn cut(&self) {
         self.cut.send_replace(());
+    }
+
+    /// Connections that come from now on go there.
+    pub(crate) fn lead(&self, to: SocketAddr) {
+        self.to.send_replace(to);
     }
 
     /// Nothing goes through any more, and no connection is closed.

@@ -368,8 +368,8 @@ async fn an_operation_that_gives_to_another_agent_sees_nothing_of_a_break() {
         };
         let spool = Spool::in_memory(SpoolOptions::default().memory_bytes);
         let giver = giver.resumable(spool, redial, window).unwrap();
-        let environment = &world.agent.core().environment;
-        let mut sink = WireSink::new(giver, Arc::clone(&entry), environment, limits.idle_timeout, PATIENCE);
+        let core = world.agent.core();
+        let mut sink = WireSink::new(giver, Arc::clone(&entry), core, limits.idle_timeout, PATIENCE);
         let watch = sink.watch();
         let given = soon(async {
             for (device, bytes) in &world.saved.pieces {

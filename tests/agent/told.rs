@@ -1,16 +1,12 @@
 //! Devices under an operation: what is told of them meanwhile, and that nobody keeps them stopped by only saying that it
 //! is there.
 
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vfio_checkpoint_client::call::CallOptions;
 use vfio_checkpoint_device::sim::SimConfig;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
-use vfio_checkpoint_server::config::{LogFormat, TelemetryConfig};
 use vfio_checkpoint_server::security::roles::{Policy, Role};
-use vfio_checkpoint_server::telemetry;
 
 use crate::flow::{
     Bench, Node, channel, device, done, failure, give, millis, reached, restore_into, save_of, soon,
@@ -126,52 +122,6 @@ async fn a_quiet_device_that_does_not_say_what_is_dirty_is_stopped_once_all_is_c
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     assert!(ended.devices[0].pre_copy_bytes >= 8 << 20, "{ended:?}");
     agent.stop().await.unwrap();
-}
-
-/// What is logged, for a test to look at.
-#[derive(Clone, Default)]
-struct Lines(Arc<Mutex<Vec<u8>>>);
-
-impl std::io::Write for Lines {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// On one thread: the subscriber is this thread's.
-#[tokio::test]
-async fn the_trace_of_a_caller_is_in_its_operation_and_in_each_line_about_it() {
-    const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
-    for format in [LogFormat::Text, LogFormat::Json] {
-        let lines = Lines::default();
-        let writer = lines.clone();
-        let telemetry = TelemetryConfig { log: "vfio_checkpoint_server=info".to_owned(), format };
-        let subscriber = telemetry::subscriber(&telemetry, false, move || writer.clone()).unwrap();
-        let _guard = tracing::subscriber::set_default(subscriber);
-        let lab = Lab::new();
-        let agent = start(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")])).await;
-        let trace = Some(format!("00-{TRACE_ID}-b7ad6b7169203331-01").parse().unwrap());
-        let saver =
-            lab.client(&agent, "saver").await.with_call_options(CallOptions { trace, ..Default::default() });
-        let name = start_save(&saver, save_of(&["n0"])).await;
-        take(&saver, &name).await;
-        assert_eq!(done(&saver, &name).await.trace_id, TRACE_ID);
-        agent.stop().await.unwrap();
-        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
-        for event in ["moved", "operation ended"] {
-            let about: Vec<&str> =
-                text.lines().filter(|line| line.contains(&name) && line.contains(event)).collect();
-            assert!(!about.is_empty(), "{format:?} {event}: {text}");
-            for line in about {
-                assert!(line.contains(TRACE_ID), "{format:?}: {line}");
-            }
-        }
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

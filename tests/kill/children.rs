@@ -12,9 +12,10 @@ use std::process::{Command, ExitCode};
 use serde_json::json;
 use vfio_checkpoint_server::config::AgentConfig;
 use vfio_checkpoint_server::environment::Environment;
+use vfio_checkpoint_server::failpoint;
 use vfio_checkpoint_server::holder::{self, HolderOptions};
 use vfio_checkpoint_server::serve::Agent;
-use vfio_checkpoint_server::{failpoint, telemetry};
+use vfio_checkpoint_server::telemetry::{self, AuditLines};
 
 /// Says to this test program that it is an agent, and where its configuration is.
 const AGENT: &str = "KILL_TEST_AGENT";
@@ -70,7 +71,7 @@ fn listen(folder: &Path) {
 fn an_agent_that_will_be_killed() -> ExitCode {
     let Some(path) = env::var_os(AGENT) else { return ExitCode::SUCCESS };
     let config = AgentConfig::load(Some(Path::new(&path)), json!({})).unwrap();
-    telemetry::begin(&config.telemetry).unwrap();
+    telemetry::begin(&config.telemetry, AuditLines::All).unwrap();
     let folder = config.node.state_dir.clone();
     std::thread::spawn(move || listen(&folder));
     // What is stopped blocks its thread, and the rest must go on.
@@ -90,7 +91,7 @@ fn an_agent_that_will_be_killed() -> ExitCode {
 #[test]
 fn a_holder_that_will_be_killed() {
     let Some(socket) = env::var_os(HOLDER) else { return };
-    telemetry::begin(&AgentConfig::default().telemetry).unwrap();
+    telemetry::begin(&AgentConfig::default().telemetry, AuditLines::All).unwrap();
     std::thread::spawn(|| listen(Path::new("")));
     let options = HolderOptions { socket: socket.into(), max_devices: 16 };
     holder::run(options).unwrap();

@@ -12,7 +12,7 @@ use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
 use crate::children::this_program;
-use crate::every::check;
+use crate::every::{check, kill_at, state_lost};
 use crate::figure;
 use crate::job::{Job, Kind, done};
 use crate::process::Process;
@@ -91,6 +91,27 @@ async fn a_device_that_was_reset_after_its_restore_failed_is_not_told_as_restore
     ));
 }
 
+/// A restore of two that is reset before any of them runs. The process of the one dies with the agent: the other was reset, and
+/// runs as nobody that was known before.
+#[tokio::test(flavor = "multi_thread")]
+async fn half_of_a_set_that_was_reset_is_not_told_as_restored() {
+    let mut world = World::new(2, true).await;
+    world.make_fail(0, State::Resuming).await;
+    let job = Job::new(Kind::Restore, 2);
+    kill_at(&mut world, &job, "read back").await;
+    world.kill_device(1);
+    world.start_device(1, &format!("sim:seed=2,{MEMORY}")).await;
+    world.start().await;
+    let client = world.client().await;
+    let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
+    let ended = done(&client, &name).await.unwrap();
+    state_lost(Found::Undone, &ended);
+    let (now, brought) = (world.devices(&client).await.remove(0), &ended.devices[0]);
+    assert_ne!(now.logical_device, brought.logical_device, "{now:?}");
+    assert_eq!(world.contents(&client).await, [Content::Fresh; 2]);
+    figure("1 set that was reset and of which half was lost: not told as restored");
+}
+
 /// A restore of two, of which one runs and the other does not: both wait for somebody to decide, whatever happens to the
 /// agent.
 #[tokio::test(flavor = "multi_thread")]
@@ -112,6 +133,8 @@ async fn a_set_that_partly_runs_stays_quarantined() {
         let ended = done(&client, &name).await.unwrap();
         assert_eq!(ended.result(), v1::OperationResult::Failed, "{ended:?}");
         assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
+        let runs = world.devices(&client).await.remove(0);
+        assert_eq!(runs.logical_device, ended.devices[0].logical_device, "{point}: it runs on as what it is");
         for device in world.devices(&client).await {
             assert_eq!(device.operation, "", "{device:?}");
             assert_eq!(device.standing(), v1::DeviceStanding::Quarantined, "{device:?}");

@@ -143,25 +143,42 @@ async fn a_hold_that_ran_out_is_over_whenever_the_agent_is_killed() {
     figure(&format!("{} kills of a hold that ran out: over at once", saves.len() + restores.len()));
 }
 
-/// One of two device processes dies with the agent. The other device is brought back, and the operation has failed.
+/// One of two device processes dies with the agent. The other device is brought back, and the operation has failed: one that
+/// was reset for it is nobody that was known before.
 #[tokio::test(flavor = "multi_thread")]
 async fn half_of_a_set_is_not_the_set() {
-    for (kind, content) in [(Kind::HeldSave, Content::Own), (Kind::HeldRestore, Content::Fresh)] {
+    for (kind, point, content) in [
+        (Kind::HeldSave, "after commit of HELD", Content::Own),
+        (Kind::HeldRestore, "after commit of HELD", Content::Fresh),
+        (Kind::Restore, "after commit of BEGUN", Content::Fresh),
+        (Kind::Restore, "restore: Verifying", Content::Fresh),
+        (Kind::Restore, "after commit of RUNNING", Content::Fresh),
+        // One runs already, and runs on.
+        (Kind::Restore, "restore: PartlyRunning", Content::Other),
+    ] {
         let mut world = World::new(2, true).await;
+        let client = world.client().await;
+        let before = world.devices(&client).await.remove(0).logical_device.unwrap();
         let job = Job::new(kind, 2);
-        kill_at(&mut world, &job, "after commit of HELD").await;
+        kill_at(&mut world, &job, point).await;
         world.kill_device(1);
         // Another process in its place, before the agent looks.
         world.start_device(1, "sim:seed=2,memory=256KiB").await;
         world.start().await;
         let client = world.client().await;
-        let name = job.begin(&client, world.manifest.as_ref()).await.unwrap().name;
-        let ended = done(&client, &name).await.unwrap();
+        let operation = job.begin(&client, world.manifest.as_ref()).await.unwrap();
+        let ended = done(&client, &operation.name).await.unwrap();
         state_lost(Found::Held, &ended);
         assert_eq!(ended.failure.as_ref().unwrap().device, "devices/nic1");
-        assert_eq!(world.contents(&client).await, [content, Content::Fresh]);
+        let now = world.devices(&client).await.remove(0).logical_device.unwrap();
+        let brought = ended.devices[0].logical_device.clone().unwrap();
+        assert_eq!(now == before, content == Content::Own, "{point}: {now:?}, and it was {before:?}");
+        if !job.is_save() {
+            assert_eq!(now == brought, content == Content::Other, "{point}: {now:?}, and {brought:?} came");
+        }
+        assert_eq!(world.contents(&client).await, [content, Content::Fresh], "{point}");
     }
-    figure("2 sets of which half was lost: failed, and the other half runs");
+    figure("6 sets of which half was lost: failed, and the other half runs");
 }
 
 /// The journal is lost with the agent, and the holder has the devices still. One was left stopped on request, the other

@@ -62,10 +62,10 @@ pub(crate) const MESSAGES: [Message; 11] = [
         when: "first, with the ticket, and to that key alone",
         record: "source: BEGUN",
         does: "uses the ticket up, leases the devices, and records the arrival in LOADING. The devices are left alone until \
-               the stream opens",
+               the stream opens. The answer brings the secret",
         again: "the same answer while the arrival is on record; after that the ticket is not known. With another manifest or \
                 other devices it is refused (ALREADY_EXISTS), and so it is under an epoch that is over here \
-                (STALE_EPOCH)",
+                (STALE_EPOCH). One that was refused has left the ticket as it was",
     },
     Message {
         call: "StreamState",
@@ -102,9 +102,9 @@ pub(crate) const MESSAGES: [Message; 11] = [
         service: MIGRATION,
         way: "source to destination",
         when: "after Prepared was heard, and again until it is answered, also after a crash. Once more where an \
-               administrator let go without an answer",
+               administrator let go without an answer, unless a device may run there still",
         record: "source: COMMITTING, or its end",
-        does: "see what a Commit is answered. Another epoch or another hand-over is refused as a call and moves nothing",
+        does: "see what a Commit is answered. Another epoch, another hand-over or no proof is refused as a call and moves nothing",
         again: "the same answer for ever",
     },
     Message {
@@ -120,7 +120,8 @@ pub(crate) const MESSAGES: [Message; 11] = [
         call: "GetHandover",
         service: MIGRATION,
         way: "source to destination",
-        when: "at any time; with `settled` once the source has its own end on record",
+        when: "at any time; with `settled` once the source has its own end on record, and again until it is answered, also \
+               after a crash",
         record: "source: anything; with `settled`: its end",
         does: "says what is on record. With `settled` an arrival that is over may be forgotten, in its time",
         again: "the same; not found once it is forgotten",
@@ -131,7 +132,7 @@ pub(crate) const MESSAGES: [Message; 11] = [
         way: "admin to source",
         when: "in doubt: COMMITTING is on record, and no answer moves the source",
         record: "source: COMMITTING",
-        does: "asks the destination, then decides by the table below",
+        does: "asks the destination, then decides by the table below. Nothing, where whoever asked has hung up",
         again: "refused: nothing is in doubt any more",
     },
 ];

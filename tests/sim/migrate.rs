@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vfio_checkpoint_client::call::{CallError, Client};
+use vfio_checkpoint_client::call::{CallError, CallOptions, Client};
 use vfio_checkpoint_device::sim::{SimConfig, SimDevice, Workload};
 use vfio_checkpoint_proto::v1;
 
@@ -24,7 +24,7 @@ use crate::faults::{self, Fault, Planned};
 use crate::hardware::SimHardware;
 use crate::log::{Log, say};
 use crate::oracle::Oracle;
-use crate::pki::Pki;
+use crate::pki::{Pki, call_options};
 use crate::transfer::{AGENTS, request_id};
 use crate::world::{BareEnds, Ended, Orders, PORT, Terms, World};
 
@@ -420,6 +420,10 @@ impl Story {
             validate_only: false,
         };
         let what = format!("Resolve {resolution:?} fenced: {fenced}");
+        // Where the destination is gone it takes its time to find out, and who does not wait for that decides nothing.
+        let patient =
+            CallOptions { deadline: Duration::from_secs(20), ..call_options(Arc::clone(&self.caller.dice)) };
+        let source = source.clone().with_call_options(patient);
         let _ = self.caller.told(&what, source.resolve(request).await);
     }
 }

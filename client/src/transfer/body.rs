@@ -43,19 +43,30 @@ pub struct Outgoing {
     /// Of the message whose head went before.
     state: Bytes,
     /// What the trailers of an agent's answer depend on, until they are sent.
-    refused: Option<Refused>,
+    end: Option<End>,
+}
+
+/// How an agent's answer ends.
+#[derive(Debug)]
+struct End {
+    refused: Refused,
+    explained: fn(Status) -> Status,
 }
 
 impl Outgoing {
     /// The body of a caller's request. It ends when nobody can queue anything any more.
     pub fn request(queue: mpsc::Receiver<StreamMessage>) -> Body {
-        Body::new(Self { queue, state: Bytes::new(), refused: None })
+        Body::new(Self { queue, state: Bytes::new(), end: None })
     }
 
     /// The body of an agent's response. It ends with OK, unless the caller's messages were refused: what became of the
-    /// operation its messages say, and the operation.
-    pub fn response(queue: mpsc::Receiver<StreamMessage>, refused: Refused) -> Body {
-        Body::new(Self { queue, state: Bytes::new(), refused: Some(refused) })
+    /// operation its messages say, and the operation. `explained` adds to such a refusal what every status of the agent has.
+    pub fn response(
+        queue: mpsc::Receiver<StreamMessage>,
+        refused: Refused,
+        explained: fn(Status) -> Status,
+    ) -> Body {
+        Body::new(Self { queue, state: Bytes::new(), end: Some(End { refused, explained }) })
     }
 
     fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
@@ -87,8 +98,9 @@ impl Outgoing {
     }
 }
 
-fn trailers(refused: &Refused) -> HeaderMap {
-    let status = refused.get().cloned().unwrap_or_else(|| Status::new(Code::Ok, ""));
+fn trailers(end: &End) -> HeaderMap {
+    let refused = end.refused.get().cloned();
+    let status = refused.map_or_else(|| Status::new(Code::Ok, ""), end.explained);
     let mut trailers = HeaderMap::new();
     if status.add_header(&mut trailers).is_err() {
         trailers.insert(Status::GRPC_STATUS, http::HeaderValue::from(i32::from(status.code())));
@@ -106,7 +118,7 @@ impl http_body::Body for Outgoing {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let frame = match ready!(self.poll_bytes(cx)) {
             Some(bytes) => Some(Frame::data(bytes)),
-            None => self.refused.take().map(|refused| Frame::trailers(trailers(&refused))),
+            None => self.end.take().map(|end| Frame::trailers(trailers(&end))),
         };
         Poll::Ready(frame.map(Ok))
     }

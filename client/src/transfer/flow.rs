@@ -30,11 +30,7 @@ struct State {
 impl Flow {
     /// Of a stream of these limits whose acks are counted.
     pub(super) fn counting(limits: &StreamLimits) -> Self {
-        let silent_bytes = match limits.ack_delay {
-            Some(_) => 0,
-            None => limits.ack_interval_bytes - 1,
-        };
-        Self { state: Arc::default(), silent_bytes: Some(silent_bytes) }
+        Self { state: Arc::default(), silent_bytes: Some(silent_bytes(limits)) }
     }
 
     /// Whether there is no connection now: it broke, and what is given goes no further than into the spool.
@@ -54,5 +50,13 @@ impl Flow {
 
     pub(super) fn acked(&self, bytes: u64) {
         self.state.acked_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+/// Bytes of state that a taker may leave without an ack for as long as it likes.
+pub(super) fn silent_bytes(limits: &StreamLimits) -> u64 {
+    match limits.ack_delay {
+        Some(_) => 0,
+        None => limits.ack_interval_bytes.saturating_sub(1),
     }
 }

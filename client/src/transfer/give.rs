@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use vfio_checkpoint_proto::domain::{ConfigSpaceCapture, Progress};
 use vfio_checkpoint_proto::stream::{GiverEvent, GiverSide, Job, Phase};
 use vfio_checkpoint_proto::v1::StreamMessage;
@@ -74,7 +74,7 @@ impl Giver {
         if self.terms.version.resumes() {
             spool.check(&self.terms.limits)?;
             self.flow = Flow::counting(&self.terms.limits);
-            self.kept = Some(Kept::new(spool, Redialer::new(redial, window)));
+            self.kept = Some(Kept::new(spool, Redialer::new(redial, window), &self.terms.limits));
         }
         Ok(self)
     }
@@ -251,6 +251,9 @@ impl Giver {
             return Err(TransferError::Broken(error));
         };
         let message = heard.map_err(TransferError::Broken)?;
+        if let Some(kept) = &mut self.kept {
+            kept.heard = Instant::now();
+        }
         let before = self.side.acked();
         match self.side.receive(message).map_err(TransferError::Protocol)? {
             GiverEvent::Acked { .. } | GiverEvent::Completed | GiverEvent::Ignored => {}

@@ -11,7 +11,8 @@
 //! - The old link is kept until there is another. To let it go is to end the stream in good order, which a taker takes for
 //!   the last word.
 //! - What the taker expects next was handed to some link before.
-//! - From a break until the taker has acknowledged something new there is one window, however often there is a line again.
+//! - From a break until the taker has acknowledged something new there is one window, however often there is a line again;
+//!   unless a line was well for a whole window and no ack was due on it.
 //!
 //! Failure paths: [`TransferError`]; where a stream cannot be resumed, the error that broke it.
 
@@ -21,13 +22,14 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::OwnedPermit;
 use tokio::time::Instant;
 use tokio_stream::StreamExt as _;
-use vfio_checkpoint_proto::domain::StreamOpened;
+use vfio_checkpoint_proto::domain::{StreamLimits, StreamOpened};
 use vfio_checkpoint_proto::stream::{Phase, ProtocolError};
 use vfio_checkpoint_proto::v1::StreamMessage;
 use vfio_checkpoint_proto::v1::frame::Body;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 
 use super::error::{TransferError, Unresumed};
+use super::flow::silent_bytes;
 use super::give::{Giver, Resent};
 use super::link::{Incoming, Link, LinkError};
 use super::open::{Dialed, OpenStreamError};
@@ -99,6 +101,10 @@ pub(super) struct Kept {
     since: Instant,
     /// Since when there is state that is not acknowledged, or when some was acknowledged last.
     waits_since: Instant,
+    /// When the taker has said something last, whatever it was.
+    pub(super) heard: Instant,
+    /// Bytes of state that the taker may leave without an ack for as long as it likes.
+    silent_bytes: u64,
 }
 
 impl Line {
@@ -127,9 +133,11 @@ impl Room {
 }
 
 impl Kept {
-    pub(super) fn new(spool: Spool, redialer: Redialer) -> Self {
-        let (resent, since) = (Resent::default(), Instant::now());
-        Self { spool, resent, next: 0, fresh: 0, redialer: Some(redialer), since, waits_since: since }
+    pub(super) fn new(spool: Spool, redialer: Redialer, limits: &StreamLimits) -> Self {
+        let (resent, since, silent_bytes) = (Resent::default(), Instant::now(), silent_bytes(limits));
+        let redialer = Some(redialer);
+        let (waits_since, heard) = (since, since);
+        Self { spool, resent, next: 0, fresh: 0, redialer, since, waits_since, heard, silent_bytes }
     }
 
     /// The taker has acknowledged what is before this frame, which is new; how many bytes of state that was.
@@ -144,8 +152,10 @@ impl Kept {
     /// Whoever dials now that the line is down.
     fn redialer(&mut self) -> Option<Redialer> {
         let mut redialer = self.redialer.take()?;
-        // With no state left there is nothing that an ack could come for. Then time tells that the line was well.
-        if !self.spool.has_state() && self.since.elapsed() >= redialer.window() {
+        // With no more left than the taker may keep to itself there is nothing that an ack has to come for. Then time tells that
+        // the line was well.
+        let is_none_due = self.spool.state_bytes() <= self.silent_bytes;
+        if is_none_due && self.since.elapsed() >= redialer.window() {
             redialer.gets_on();
         }
         Some(redialer)
@@ -271,11 +281,14 @@ impl Giver {
         }
     }
 
-    /// When a taker that has promised to acknowledge in time has been silent for too long about state that it was sent. Its
-    /// connection may be dead without anybody saying so.
+    /// When a taker that has promised to acknowledge in time has been silent for too long after state that it was sent. Its
+    /// connection may be dead without anybody saying so. One that says that it is there is none of these: it may be at work on
+    /// what it has.
     pub(super) fn ack_overdue(&self) -> Option<Instant> {
         let kept = self.kept.as_ref().filter(|kept| kept.spool.has_state())?;
-        self.terms.limits.ack_delay.map(|_| self.clock.idle_after(kept.waits_since.max(kept.since)))
+        let ack_delay = self.terms.limits.ack_delay?;
+        let last = kept.waits_since.max(kept.since).max(kept.heard);
+        Some(self.clock.idle_after(last) + ack_delay)
     }
 
     fn can_resume(&self, error: &TransferError) -> bool {

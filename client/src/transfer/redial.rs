@@ -9,7 +9,8 @@
 //! Invariants: only what [`OpenStreamError::may_pass`] says may pass is tried again. One try takes no more than a part of
 //! the window, so that a connection that is stuck is not all that is tried. A stream that is open again and breaks before its
 //! taker has acknowledged anything new is in the same window still, and the pauses go on: a taker could otherwise keep devices
-//! standing still for as long as it likes, and this side dialing without a pause.
+//! standing still for as long as it likes, and this side dialing without a pause. What lasts for a window with no ack due is
+//! well: see `line`.
 //!
 //! Failure paths: [`Unresumed`].
 

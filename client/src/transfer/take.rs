@@ -3,16 +3,19 @@
 //! ```text
 //!   next: Ack if one is due -> wait for a frame -> TakerSide -> Accepted
 //!                                nothing for `ack_delay` -> Ack of what was taken, and wait on
+//!   busy: the caller is at work on what it took -> Ack of that, now and then, and nothing is heard meanwhile
 //!   after the last seal: None -> the caller makes all durable -> complete: Ack{complete}, then the giver ends the stream
 //! ```
 //!
-//! Invariants: a chunk is acknowledged only after its caller came back for the next, so an Ack never speaks of state that
-//! nobody took. Frames are verified once, whatever connections they come over. Failure paths: [`TransferError`]; after a refused frame everything is refused.
+//! Invariants: a chunk is acknowledged only after its caller came back, so an Ack never speaks of state that nobody took.
+//! Frames are verified once, whatever connections they come over. Failure paths: [`TransferError`]; after a refused frame
+//! everything is refused.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_stream::StreamExt;
 use vfio_checkpoint_proto::frame::Accepted;
 use vfio_checkpoint_proto::stream::{Job, Phase, Resumed, TakerEvent, TakerSide, Took};
@@ -26,7 +29,8 @@ use super::link::{self, Clock, Incoming, Link, LinkError, Terms};
 const GOODBYE: Duration = Duration::from_secs(2);
 
 /// The least time between two acks of a taker that waits, and the longest: its giver may be less patient than what was agreed.
-const SILENCE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(10));
+/// A giver that waits for three times the longest, or for as long as was agreed, hears each taker in time.
+const SILENCE: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
 /// The half that takes state.
 pub struct Taker {
@@ -99,7 +103,7 @@ impl Taker {
     /// Keeps the stream while all is taken and somebody has yet to say that it may be told as complete: the giver hears in time
     /// that this side is still there. Returns why the stream is over. Cancel-safe.
     pub async fn linger(&mut self) -> TransferError {
-        let silence = (self.terms.limits.idle_timeout / 3).clamp(SILENCE.0, SILENCE.1);
+        let silence = self.silence();
         loop {
             if let Err(error) = self.acknowledge().await {
                 return error;
@@ -111,6 +115,25 @@ impl Taker {
                 Ok(Err(error)) => return error,
             }
         }
+    }
+
+    /// Says now and then what was taken, while the caller is at work on it, and takes nothing meanwhile: the giver hears that this
+    /// side is there. Never over: where the connection breaks it is silent, and [`Taker::next`] says why. Cancel-safe.
+    pub async fn busy(&mut self) -> Infallible {
+        loop {
+            sleep(self.silence()).await;
+            let ack = StreamAck { next_sequence: self.side.next_sequence(), complete: false };
+            match self.try_send(StreamMessage { kind: Some(Kind::Ack(ack)) }).await {
+                // It says all that an ack which is due would.
+                Ok(true) => self.due = None,
+                Ok(false) | Err(_) => std::future::pending().await,
+            }
+        }
+    }
+
+    /// How long a giver that waits hears nothing.
+    fn silence(&self) -> Duration {
+        (self.terms.limits.idle_timeout / 3).clamp(SILENCE.0, SILENCE.1)
     }
 
     /// Asks the giver to stop the devices: only of a save with MANUAL cutover. Cancel-safe.

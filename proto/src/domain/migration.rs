@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::save::{save_parts, without};
 use super::{AfterSave, Invalid, LogicalDevice, Manifest, SaveRequestSpec, check_assigned, checks};
 use crate::ids::{DeviceName, Epoch, KeyHash, OperationName, PodName, Ticket};
+use crate::proof::Claim;
 use crate::v1;
 use crate::version::VersionRange;
 
@@ -213,8 +214,8 @@ pub struct CommitHandoverSpec {
     pub operation: OperationName,
     /// Under these epochs.
     pub epochs: Vec<Epoch>,
-    /// What Prepare was answered.
-    pub secret: Ticket,
+    /// That the source says so.
+    pub claim: Claim,
 }
 
 impl TryFrom<v1::CommitHandoverRequest> for CommitHandoverSpec {
@@ -222,10 +223,11 @@ impl TryFrom<v1::CommitHandoverRequest> for CommitHandoverSpec {
 
     fn try_from(wire: v1::CommitHandoverRequest) -> Result<Self, Invalid> {
         checks::set_size("epochs", wire.epochs.len())?;
+        let claim = Claim::new(&wire, &wire.proof)?;
         Ok(Self {
             operation: checks::id("operation", &wire.operation)?,
             epochs: wire.epochs.into_iter().map(Epoch).collect(),
-            secret: secret(&wire.secret)?,
+            claim,
         })
     }
 }

@@ -7,6 +7,8 @@
 //!        | limit passes
 //!        v
 //!   Hung: every later call is refused at once; the thread, the driver and its fds stay with the call
+//!
+//!   the last clone is dropped ---- last job ----> lane: drop Driver, which closes the device --> Closing
 //! ```
 //!
 //! Work is started and waited for apart, so a caller overlaps the device's next read with its own use of the last:
@@ -15,7 +17,7 @@
 //! the same, and what is asked next comes after it.
 //!
 //! # Invariants
-//! - All calls on a device run on its lane, one at a time.
+//! - All calls on a device run on its lane, one at a time; so does its close, which can be a reset, and take as long.
 //! - Once a lane has hung nothing is ever called on its device again, also when the call returns after all: a gate
 //!   between the driver and the device is closed, because nobody knows what the call did, and everybody was told that
 //!   the device is out of service.
@@ -24,6 +26,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -31,7 +34,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_channel::oneshot;
-use futures_util::future::{Either, select};
+use futures_util::FutureExt as _;
+use futures_util::future::{self, Either, select};
 
 use crate::driver::{Driver, SaveRead, SaveSession};
 use crate::{Call, ChunkPool, DeviceError, Executor, Identity, Lane, PrecopyInfo};
@@ -56,10 +60,57 @@ pub struct DeviceLane {
 struct Shared {
     executor: Arc<dyn Executor>,
     lane: Box<dyn Lane>,
-    driver: Arc<Mutex<Driver>>,
+    /// None once it is let go of, which its lane does.
+    open: Arc<Mutex<Option<Open>>>,
     limit: Duration,
     hung: Arc<OnceLock<Hung>>,
     running: Arc<Mutex<Option<Running>>>,
+    closing: Closing,
+}
+
+/// A driver between those who are told of its end. The fields end in this order.
+#[derive(Debug)]
+struct Open {
+    _begun: oneshot::Sender<Infallible>,
+    driver: Driver,
+    _closed: oneshot::Sender<Infallible>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let open = Arc::clone(&self.open);
+        // Where the lane is dead the device is closed here after all: there is nobody else.
+        self.lane.submit(Box::new(move || {
+            let _closed = lock(&open).take();
+        }));
+    }
+}
+
+/// The end of a lane's device, for whoever waits for it. It does not keep the device open.
+#[derive(Debug, Clone)]
+pub struct Closing {
+    begun: Told,
+    closed: Told,
+}
+
+/// Nothing is ever sent: the sender's end is what is told.
+type Told = future::Shared<oneshot::Receiver<Infallible>>;
+
+impl Closing {
+    /// Ready once the lane has come to it: nobody has the device any more, and no call on it is under way.
+    pub async fn begun(&self) {
+        let _ = self.begun.clone().await;
+    }
+
+    /// Whether the lane has come to it.
+    pub fn has_begun(&self) -> bool {
+        self.begun.clone().now_or_never().is_some()
+    }
+
+    /// Ready once the device is closed. Never, where a call on it does not return.
+    pub async fn closed(&self) {
+        let _ = self.closed.clone().await;
+    }
 }
 
 /// The work that the lane is at.
@@ -98,9 +149,14 @@ impl DeviceLane {
         let identity = driver.identity().clone();
         let lane = executor.lane(&identity.name)?;
         let hung = Arc::default();
-        let driver = Arc::new(Mutex::new(driver.gate(&hung)));
-        let running = Arc::default();
-        Ok(Self { identity, shared: Arc::new(Shared { executor, lane, driver, limit, hung, running }) })
+        let ((begun, is_begun), (closed, is_closed)) = (oneshot::channel(), oneshot::channel());
+        let closing = Closing { begun: is_begun.shared(), closed: is_closed.shared() };
+        let open = Open { _begun: begun, driver: driver.gate(&hung), _closed: closed };
+        let (open, running) = (Arc::new(Mutex::new(Some(open))), Arc::default());
+        Ok(Self {
+            identity,
+            shared: Arc::new(Shared { executor, lane, open, limit, hung, running, closing }),
+        })
     }
 
     /// Which device this is. Never waits.
@@ -118,6 +174,11 @@ impl DeviceLane {
         self.shared.hung.get().copied()
     }
 
+    /// When its device is closed, which it is once nobody has it.
+    pub fn closing(&self) -> Closing {
+        self.shared.closing.clone()
+    }
+
     /// Starts `work` on the device's lane. `call` names what it does, should it hang.
     pub fn start<T, F>(&self, call: Call, work: F) -> Pending<T>
     where
@@ -126,7 +187,7 @@ impl DeviceLane {
     {
         let (answer, answered) = oneshot::channel();
         if self.hung().is_none() {
-            let driver = Arc::clone(&self.shared.driver);
+            let open = Arc::clone(&self.shared.open);
             let executor = Arc::clone(&self.shared.executor);
             let hung = Arc::clone(&self.shared.hung);
             let running = Arc::clone(&self.shared.running);
@@ -140,7 +201,11 @@ impl DeviceLane {
                 let _entered = span.enter();
                 let since = executor.now();
                 *lock(&running) = Some(Running { call, since });
-                let value = work(&mut lock(&driver));
+                let value = match &mut *lock(&open) {
+                    Some(open) => work(&mut open.driver),
+                    // It is let go of only after the last of those who ask.
+                    None => return,
+                };
                 let took = executor.now().saturating_sub(since);
                 *lock(&running) = None;
                 // Nobody waits any more where the caller gave up.

@@ -264,7 +264,8 @@ pub struct OperationLimits {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetryConfig {
-    /// What is logged, as in `RUST_LOG`: `info`, `vfio_checkpoint_server=debug,info`.
+    /// What is logged, as in `RUST_LOG`: `info`, `vfio_checkpoint_server=debug,info`. Audit lines are written whatever it
+    /// says.
     pub log: String,
     /// How.
     pub format: LogFormat,

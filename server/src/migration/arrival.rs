@@ -13,6 +13,7 @@
 //! # Failure paths
 //! A source that gives up while Ready is awaited says so on the stream, or is gone and does not come back: nothing is run.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,6 +71,10 @@ impl ArrivalSource {
 impl StateSource for ArrivalSource {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send {
         self.wire.next()
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        self.wire.busy()
     }
 
     /// Whoever uses the devices is ready before the source is told Prepared: once the devices are told to run, nobody is

@@ -20,11 +20,12 @@ use std::time::Duration;
 use tracing::Instrument as _;
 use vfio_checkpoint_device::operation::RestoreTerms;
 use vfio_checkpoint_fsm::AfterLoad;
-use vfio_checkpoint_fsm::handover::{ArrivalStep, CommitAnswer, Verdict};
+use vfio_checkpoint_fsm::handover::{ArrivalStep, CommitAnswer};
 use vfio_checkpoint_proto::domain::{
     AdmitSpec, AfterRestore, CommitHandoverSpec, LogicalDevice, PrepareSpec, RestoreSource, RestoreSpec,
 };
 use vfio_checkpoint_proto::ids::{Epoch, KeyHash, OperationName, Ticket};
+use vfio_checkpoint_proto::proof::Claim;
 use vfio_checkpoint_proto::v1::BlockerReason;
 use vfio_checkpoint_proto::version::{NoCommonVersion, Version, negotiate};
 
@@ -75,6 +76,8 @@ pub struct Told {
     pub message: String,
     /// The epochs under which the devices run, or would have run.
     pub epochs: Vec<Epoch>,
+    /// What proves it to the source. None where somebody else looks.
+    pub secret: Option<Ticket>,
 }
 
 impl Core {
@@ -169,11 +172,23 @@ impl Core {
         };
         let job = JobRecord::Arrive { barrier: plan.barrier, require_ready: promise.spec.require_ready };
         let owner_pod = promise.spec.owner_pod.as_ref().map(ToString::to_string).unwrap_or_default();
-        if blockers.is_empty() && !self.tickets.take(ticket) {
-            return Err(super::TicketError::Invalid.into());
-        }
+        let taken = if blockers.is_empty() {
+            Some(self.tickets.take(ticket).ok_or(super::TicketError::Invalid)?)
+        } else {
+            None
+        };
         let asked = Asked { job, devices, owner_pod, kept: None, handover: Some(handover) };
-        let (entry, lease, arrival) = self.admit(&found, blockers, asked, starter).await?;
+        let (entry, lease, arrival) = match self.admit(&found, blockers, asked, starter).await {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                // What is in the way may pass, and whoever asks again is to be told of that, or let in. Nobody else is in
+                // between: one is admitted after another.
+                if let Some(promise) = taken {
+                    self.tickets.put_back(ticket.clone(), promise);
+                }
+                return Err(refusal);
+            }
+        };
         for (index, device) in manifest.devices.iter().enumerate() {
             entry.expects(index, admission::size(device.data_size));
         }
@@ -184,6 +199,7 @@ impl Core {
         let terms = RestoreTerms {
             after: AfterLoad::Hold,
             hold_limit: spec.commit_timeout.saturating_add(SLACK).saturating_add(news),
+            // Without effect: Ready was said, or was not asked for, before the hold ends.
             ready_limit: self.config.defaults.hold_timeout,
         };
         let span = span(self, &entry);
@@ -237,15 +253,8 @@ impl Core {
 
     /// Logical devices that have been here, or are, under a newer epoch than the one that comes.
     fn stale<'a>(&'a self, logical: impl Iterator<Item = &'a LogicalDevice> + 'a) -> Vec<Blocker> {
-        let records: Vec<_> = self.registry.all().filter_map(|slot| slot.view().record).collect();
         let newer = |wanted: &LogicalDevice| {
-            let lives = records.iter().map(|record| (&record.logical, record.epoch));
-            let past = records.iter().flat_map(|record| &record.past).map(|past| (&past.logical, past.epoch));
-            lives
-                .chain(past)
-                .filter(|(id, epoch)| **id == wanted.id && *epoch > wanted.epoch)
-                .map(|(_, epoch)| epoch)
-                .max()
+            self.registry.newest_epoch(&wanted.id).filter(|newest| *newest > wanted.epoch)
         };
         let stale = logical.filter_map(|wanted| Some((wanted, newer(wanted)?)));
         stale
@@ -260,13 +269,14 @@ impl Core {
     }
 
     /// The arrival of this name, for whoever can prove that it prepared it.
-    fn arrival(&self, name: &OperationName, caller: &str, secret: &Ticket) -> Result<Arc<Entry>, Refusal> {
+    fn arrival(&self, name: &OperationName, caller: &str, claim: &Claim) -> Result<Arc<Entry>, Refusal> {
         let entry = self.known_arrival(name)?;
-        let proven = entry
-            .view()
-            .handover
-            .is_some_and(|handover| handover.record.secret.is_some_and(|known| same(&known, secret)));
-        if proven && entry.fixed.caller == caller { Ok(entry) } else { Err(Refusal::NotYours(name.clone())) }
+        let is_proven = secret(&entry).is_some_and(|secret| claim.holds(&secret));
+        if is_proven && entry.fixed.caller == caller {
+            Ok(entry)
+        } else {
+            Err(Refusal::NotYours(name.clone()))
+        }
     }
 
     fn known_arrival(&self, name: &OperationName) -> Result<Arc<Entry>, Refusal> {
@@ -279,19 +289,16 @@ impl Core {
         }
     }
 
-    /// Runs the devices of an arrival, unless that is decided already, and says how it ended.
-    pub async fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Told, Refusal> {
-        let entry = self.arrival(&spec.operation, caller, &spec.secret)?;
+    /// Has the devices of an arrival run, unless that is decided already. How it ends [`ended`] tells.
+    pub fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Arc<Entry>, Refusal> {
+        let entry = self.arrival(&spec.operation, caller, &spec.claim)?;
         let refused = |refused| Refusal::Operation { operation: spec.operation.clone(), refused };
         let epochs: Vec<Epoch> = entry.fixed.devices.iter().map(|device| device.epoch).collect();
         if epochs != spec.epochs {
             return Err(refused(Refused::StaleEpoch));
         }
-        let mut changes = entry.changes();
-        match step(&entry).on_commit() {
-            CommitAnswer::NotPrepared
-                if entry.owes_ready() && entry.on_record().arrival(None) == ArrivalStep::Prepared =>
-            {
+        match entry.arrival_step().on_commit() {
+            CommitAnswer::NotPrepared if entry.on_record().arrival(None) == ArrivalStep::Prepared => {
                 return Err(refused(Refused::NotReady));
             }
             CommitAnswer::NotPrepared => {
@@ -301,9 +308,7 @@ impl Core {
             CommitAnswer::Run => entry.signals.say_commit(),
             CommitAnswer::Wait | CommitAnswer::Told(_) => {}
         }
-        // The sender is in the entry, so waiting fails only with the agent.
-        let _ended = changes.wait_for(|view| view.end.is_some()).await;
-        Ok(told(&entry))
+        Ok(entry)
     }
 
     /// Whoever uses the devices of an arrival is ready.
@@ -342,54 +347,68 @@ impl Core {
         &self,
         name: &OperationName,
         caller: &str,
-        secret: &Ticket,
+        claim: &Claim,
         reason: String,
     ) -> Result<Told, Refusal> {
-        let entry = self.arrival(name, caller, secret)?;
+        let entry = self.arrival(name, caller, claim)?;
         match entry.cancel(Cancel::Abandoned { reason }) {
             Ok(()) | Err(Refused::Over) => {}
             Err(refused) => tracing::info!(operation = %name, %refused, "not given up"),
         }
-        Ok(told(&entry))
+        Ok(proven(&entry))
     }
 
-    /// What is on record of a hand-over.
-    pub fn handover(&self, name: &OperationName) -> Result<Told, Refusal> {
-        Ok(told(&*self.known_arrival(name)?))
+    /// What is on record of a hand-over, with what proves it to whoever can prove that it prepared it.
+    pub fn handover(
+        &self,
+        name: &OperationName,
+        caller: &str,
+        claim: Option<&Claim>,
+    ) -> Result<Told, Refusal> {
+        match claim {
+            Some(claim) => Ok(proven(&*self.arrival(name, caller, claim)?)),
+            None => Ok(told(&*self.known_arrival(name)?)),
+        }
     }
 
-    /// The source has its own end on record: this one's may be forgotten in its time.
+    /// The source has its own end on record: this one's may be forgotten in its time, where it has one. Says whether that is
+    /// so by this.
     pub async fn settle_handover(
         &self,
         name: &OperationName,
         caller: &str,
-        secret: &Ticket,
-    ) -> Result<Told, Refusal> {
-        let entry = self.arrival(name, caller, secret)?;
-        if entry.is_done() {
-            entry.settled();
-            let record = entry.record(entry.on_record());
-            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+        claim: &Claim,
+    ) -> Result<(Told, bool), Refusal> {
+        let entry = self.arrival(name, caller, claim)?;
+        let is_to_settle = || entry.is_done() && !is_settled(&entry);
+        // Whoever puts the end on record may have to wait for room, and the source hears how far it is meanwhile.
+        if !is_to_settle() {
+            return Ok((proven(&entry), false));
         }
-        Ok(told(&entry))
+        let _one_at_a_time = entry.recording.lock().await;
+        let settles = is_to_settle();
+        if settles {
+            let mut record = entry.record(entry.on_record());
+            if let Some(handover) = &mut record.handover {
+                handover.settled = true;
+            }
+            self.journal.commit(vec![Change::Operation(Box::new(record))]).await?;
+            entry.settled();
+        }
+        Ok((proven(&entry), settles))
     }
 }
 
-/// How far an arrival is. Over only once that is on record.
-fn step(entry: &Entry) -> ArrivalStep {
-    let view = entry.view();
-    let verdict = view.handover.as_ref().and_then(|handover| handover.record.verdict);
-    if view.end.is_some() {
-        return ArrivalStep::Over(verdict.map_or(Verdict::Refused, Into::into));
-    }
-    match entry.on_record().arrival(None) {
-        ArrivalStep::Prepared if entry.owes_ready() => ArrivalStep::Loading,
-        step @ (ArrivalStep::Loading
-        | ArrivalStep::Prepared
-        | ArrivalStep::Committing
-        | ArrivalStep::Reverting
-        | ArrivalStep::Over(_)) => step,
-    }
+/// How an arrival has ended, once that is on record, for its source.
+pub(crate) async fn ended(entry: &Entry) -> Told {
+    // The sender is in the entry, so waiting does not fail.
+    let mut changes = entry.changes();
+    drop(changes.wait_for(|view| view.end.is_some()).await);
+    proven(entry)
+}
+
+fn is_settled(entry: &Entry) -> bool {
+    entry.view().handover.is_some_and(|handover| handover.record.settled)
 }
 
 fn told(entry: &Entry) -> Told {
@@ -397,13 +416,19 @@ fn told(entry: &Entry) -> Told {
     let message = end.and_then(|end| end.failure).map(|failure| failure.message).unwrap_or_default();
     Told {
         operation: entry.fixed.name.clone(),
-        step: step(entry),
+        step: entry.arrival_step(),
         message,
         epochs: entry.fixed.devices.iter().map(|device| device.epoch).collect(),
+        secret: None,
     }
 }
 
-/// Whether two secrets are the same, in a time that does not tell where they differ.
-fn same(known: &Ticket, shown: &Ticket) -> bool {
-    known.0.iter().zip(shown.0).fold(0, |differs, (known, shown)| differs | (known ^ shown)) == 0
+/// The same for its source.
+fn proven(entry: &Entry) -> Told {
+    Told { secret: secret(entry), ..told(entry) }
+}
+
+/// What its source was answered, and shows to nobody.
+fn secret(entry: &Entry) -> Option<Ticket> {
+    entry.view().handover.and_then(|handover| handover.record.secret)
 }

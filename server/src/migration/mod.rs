@@ -18,14 +18,17 @@
 //! - A ticket is used once, by the key that it was made for, for the logical devices and devices that it was made for. It is
 //!   shown, and what it is for goes, to the key that it came from: see `peer`.
 //! - `CommitHandover` is sent only with Committing on record; it is answered only with its end on record.
-//! - Who cannot prove that it prepared a hand-over decides nothing about it.
+//! - Who cannot prove that it prepared a hand-over decides nothing about it, and who cannot prove that it was prepared there
+//!   is not heard: see [`proof`](vfio_checkpoint_proto::proof).
 //!
 //! # Failure paths
 //! A destination that cannot be reached is a blocker, or ends the migration before anything was touched. Once
 //! `CommitHandover` may have been sent, the source asks for as long as it takes and tells its caller that it is in doubt.
 
+mod agreed;
 mod arrival;
 mod destination;
+mod farewell;
 mod peer;
 mod redial;
 mod resolve;
@@ -34,7 +37,9 @@ mod source;
 mod tickets;
 
 pub use arrival::ArrivalSource;
+pub(crate) use destination::ended;
 pub use destination::{Admitted, Prepared, Told};
+pub(crate) use farewell::say_farewells;
 pub(crate) use redial::{RedialDestination, spool};
 pub use resolve::{Resolved, SourceCopy, SourceDevice};
 pub use sink::{HandoverSink, Offer};

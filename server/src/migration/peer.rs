@@ -21,8 +21,9 @@
 //! later, connections that stand go on. One that breaks before it has all state is not made again: the source runs on.
 //! What is asked after that (`CommitHandover`, `GetHandover`, Resolve) is asked of whoever has the identity by then, over
 //! a new connection: a source in doubt must not stay so because its destination has another key, and no state goes that
-//! way. Another agent of that identity knows no such operation. A destination that is not granted the role any more is not
-//! asked before it is again.
+//! way. Another agent of that identity may answer, because a name or an address led there; without the secret of Prepare it
+//! cannot prove that it is the one, and what it says is as if nobody had answered: see `agreed`. A destination that is not
+//! granted the role any more is not asked before it is again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,7 +32,6 @@ use vfio_checkpoint_client::call::{CallError, CallOptions, Client, RetryPolicy};
 use vfio_checkpoint_client::connect::{ConnectError, ConnectOptions};
 use vfio_checkpoint_client::tls::ServerCheck;
 use vfio_checkpoint_proto::ids::KeyHash;
-use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::BlockerReason;
 
 use crate::core::Core;
@@ -68,6 +68,12 @@ pub(crate) enum PeerError {
     /// It says no, or nothing.
     #[error("{0}")]
     Call(#[source] CallError),
+    /// It does not prove that it is the one with which all was agreed.
+    #[error(
+        "whoever answers there does not prove that it is the agent that took the devices, so what it says does not count; \
+         see that the endpoint leads to that agent, and not to another one of its identity"
+    )]
+    Unproven,
     /// What it says cannot be.
     #[error("the destination's answer cannot be used: {0}")]
     Answer(String),
@@ -97,6 +103,7 @@ impl PeerError {
                 | ConnectError::Http2 { .. },
             )
             | Self::Call(_)
+            | Self::Unproven
             | Self::Answer(_) => BlockerReason::DestinationUnreachable,
         }
     }
@@ -151,9 +158,4 @@ impl Core {
             jitter: self.environment.jitter(),
         })
     }
-}
-
-/// What a destination has on record, as it says.
-pub(super) fn record(found: Option<v1::HandoverRecord>) -> Result<v1::HandoverRecord, PeerError> {
-    found.ok_or_else(|| PeerError::Answer("it has no record in it".to_owned()))
 }

@@ -13,8 +13,14 @@
 //! # Invariants
 //! - A decision is on record before anything is done by it, and an audit line says who made it.
 //! - What is answered with success is what is done. Nothing is decided once the task has heard what it goes on by.
+//! - Nothing is decided for a caller that has hung up: what was true when it asked, as that the other side is fenced, may not
+//!   be any more. Only one that hangs up while the decision is being written finds it taken, and in the operation.
+//!
+//! # Failure paths
+//! A device that does not answer soon is told as UNKNOWN: it keeps nobody waiting who has to decide.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::{join, join_all};
 use vfio_checkpoint_device::chain;
@@ -24,7 +30,8 @@ use vfio_checkpoint_proto::domain::{self, ResolveSpec};
 use vfio_checkpoint_proto::ids::DeviceName;
 use vfio_checkpoint_proto::v1;
 
-use super::peer::{PeerError, record};
+use super::agreed::{Agreed, verdict};
+use super::peer::PeerError;
 use crate::core::Core;
 use crate::journal::Change;
 use crate::operation::record::{
@@ -32,7 +39,10 @@ use crate::operation::record::{
 };
 use crate::operation::{Entry, Phase, Refused};
 use crate::registry::{DeviceView, Standing};
-use crate::rpc::Refusal;
+use crate::rpc::{Asker, Refusal};
+
+/// How long the devices of the source have to say how they are. Well under what a client waits for its answer.
+const LOOK: Duration = Duration::from_secs(3);
 
 /// What came of it.
 #[derive(Debug)]
@@ -52,7 +62,7 @@ pub struct Resolved {
 pub struct SourceDevice {
     /// Which one.
     pub name: DeviceName,
-    /// As it was read back just now. None where it is not configured any more.
+    /// As it was read back just now, without a state where it did not answer. None where it is not configured any more.
     pub view: Option<DeviceView>,
     /// Whether it has what was to move.
     pub copy: SourceCopy,
@@ -73,7 +83,7 @@ pub enum SourceCopy {
 
 impl Core {
     /// Decides about a migration that is in doubt, or says whether it could be.
-    pub async fn resolve(&self, spec: ResolveSpec, by: String) -> Result<Resolved, Refusal> {
+    pub async fn resolve(&self, spec: ResolveSpec, by: String, asker: Asker) -> Result<Resolved, Refusal> {
         let name = spec.operation;
         let refused = |refused| Refusal::Operation { operation: name.clone(), refused };
         let entry = self.operations.get(&name).ok_or_else(|| Refusal::OperationNotFound(name.clone()))?;
@@ -102,13 +112,16 @@ impl Core {
             return Ok(Resolved { entry: Arc::clone(&entry), destination, refused: decided.err(), devices });
         }
         decided.map_err(|why| refused(Refused::Unresolvable(why)))?;
+        if asker.is_gone() {
+            return Err(refused(Refused::CallerGone));
+        }
         let decision = ResolutionRecord {
             resume_here: resolution == Resolution::ResumeHere,
             by,
             at: self.environment.unix_now(),
             statement: spec.statement,
         };
-        self.put_on_record(&entry, decision, told.and_then(verdict)).await?;
+        self.put_on_record(&entry, decision, told.and_then(verdict).map(Into::into)).await?;
         entry.signals.say_resolved();
         Ok(Resolved { entry: Arc::clone(&entry), destination, refused: None, devices })
     }
@@ -139,10 +152,17 @@ impl Core {
     async fn source_devices(&self, entry: &Entry) -> Vec<SourceDevice> {
         let found = entry.fixed.devices.iter().map(|device| async {
             let slot = self.registry.get(&device.device);
+            let mut view = None;
             if let Some(slot) = slot {
-                slot.read_back().await;
+                let is_read = tokio::select! {
+                    biased;
+                    () = slot.read_back() => true,
+                    () = self.environment.sleep(LOOK) => false,
+                };
+                let found = slot.view();
+                // What was read before says nothing about now.
+                view = Some(DeviceView { state: found.state.filter(|_| is_read), ..found });
             }
-            let view = slot.map(|slot| slot.view());
             let copy = view.as_ref().map_or(SourceCopy::Unknown, |view| SourceCopy::of(device, view));
             SourceDevice { name: device.device.clone(), view, copy }
         });
@@ -150,13 +170,10 @@ impl Core {
     }
 
     async fn ask(&self, entry: &Entry) -> Result<v1::HandoverRecord, PeerError> {
-        let nobody = || PeerError::Answer("it is not on record what was prepared where".to_owned());
+        let nobody = || PeerError::Answer("it is not on record who is there".to_owned());
         let peer: &PeerRecord = entry.fixed.peer.as_ref().ok_or_else(nobody)?;
-        let operation = entry.view().handover.and_then(|handover| handover.record.operation);
-        let operation = operation.ok_or_else(nobody)?.to_string();
-        let client = self.dial(peer).await?;
-        let request = v1::GetHandoverRequest { operation, settled: false, secret: bytes::Bytes::new() };
-        record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)
+        let agreed = Agreed::on_record(entry)?;
+        agreed.look(&self.dial(peer).await?, false).await
     }
 }
 
@@ -200,22 +217,11 @@ fn is_in_doubt(entry: &Entry) -> bool {
 /// What is known of the destination. What it has said once it cannot take back.
 fn evidence(entry: &Entry, told: Option<&v1::HandoverRecord>) -> Evidence {
     let known = entry.view().handover.and_then(|handover| handover.record.verdict);
-    let told_now = told.and_then(verdict);
-    match (known.or(told_now), told) {
-        (Some(verdict), _) => Evidence::Told(verdict.into()),
+    let known = known.map(Into::into).or_else(|| told.and_then(verdict));
+    match (known, told) {
+        (Some(verdict), _) => Evidence::Told(verdict),
         (None, Some(_)) => Evidence::Undecided,
         (None, None) => Evidence::Nothing,
-    }
-}
-
-/// What a destination has decided, where it has.
-fn verdict(told: &v1::HandoverRecord) -> Option<VerdictRecord> {
-    match told.verdict() {
-        v1::HandoverVerdict::Unspecified => None,
-        v1::HandoverVerdict::Committed => Some(VerdictRecord::Committed),
-        v1::HandoverVerdict::Refused => Some(VerdictRecord::Refused),
-        v1::HandoverVerdict::Lost => Some(VerdictRecord::Lost),
-        v1::HandoverVerdict::Broken => Some(VerdictRecord::Broken),
     }
 }
 

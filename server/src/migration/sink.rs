@@ -5,18 +5,22 @@
 //!   Committing on record    --settle-------> Offer: CommitHandover, again and again, until there is a verdict
 //!                                                   or an admin's decision is on record
 //!   the end on record       --farewell-----> AbandonHandover where it stayed here, CommitHandover where it was let go of
-//!                                            without an answer; then GetHandover{settled}
+//!                                            without an answer and cannot run here; then GetHandover{settled}
 //! ```
 //!
 //! # Invariants
 //! - [`Offer::settle`] answers only with what the destination has on record, or with what an admin has put on record here,
 //!   and of these with the one that came first.
+//! - A destination is told to run what an admin let go of only where that cannot run here: each device was seen to be reset,
+//!   or stood still when it was seen last. Otherwise it is told neither this nor that, and left to its own deadline.
 //!
 //! # Failure paths
-//! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then.
+//! Every failed call is told as doubt and tried again, over a new connection, with the certificates that are in force then;
+//! an answer that does not prove who gives it is one of them.
 //! A farewell is tried again for half a minute, because both agents may just be starting. Of devices that an admin let go
 //! it is `CommitHandover` once more, and never that nothing comes: what the destination has may be the last copy. It is
-//! tried for as long as a destination may wait for it, by an agent that lives so long.
+//! tried for as long as a destination may wait for it, by an agent that lives so long, and whatever it is refused with: a
+//! refusal proves nobody. What was not taken by then stays owed: see `farewell`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,12 +31,13 @@ use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_device::operation::{BoxError, Settled, StateSink, Word};
 use vfio_checkpoint_device::{ConfigCapture, chain};
 use vfio_checkpoint_fsm::SaveEvent;
-use vfio_checkpoint_fsm::handover::Verdict;
 use vfio_checkpoint_proto::v1;
 
-use super::peer::{PeerError, record};
+use super::agreed::{Agreed, verdict};
+use super::farewell;
+use super::peer::PeerError;
 use crate::core::Core;
-use crate::failpoint::{is_planted, reached};
+use crate::failpoint::is_planted;
 use crate::operation::Entry;
 use crate::operation::record::HandoverRecord;
 use crate::transfer::WireSink;
@@ -118,15 +123,9 @@ impl Offer {
 
     /// Takes in what the destination has on record. None where that decides nothing yet.
     async fn heard(&self, told: &v1::HandoverRecord) -> Option<Settled> {
-        let verdict = match told.verdict() {
-            v1::HandoverVerdict::Unspecified => {
-                self.doubt(format!("the destination has not decided: it is {}", told.step().as_str_name()));
-                return None;
-            }
-            v1::HandoverVerdict::Committed => Verdict::Committed,
-            v1::HandoverVerdict::Refused => Verdict::Refused,
-            v1::HandoverVerdict::Lost => Verdict::Lost,
-            v1::HandoverVerdict::Broken => Verdict::Broken,
+        let Some(verdict) = verdict(told) else {
+            self.doubt(format!("the destination has not decided: it is {}", told.step().as_str_name()));
+            return None;
         };
         let message: String = told.message.chars().take(1024).collect();
         {
@@ -183,26 +182,13 @@ impl Offer {
     }
 
     async fn call(&mut self, word: Word) -> Result<v1::HandoverRecord, PeerError> {
-        let known = self.on_record();
-        let named = known.and_then(|known| Some((known.operation?.to_string(), known.secret?, known.epochs)));
-        let Some((operation, secret, epochs)) = named else {
-            return Err(PeerError::Answer("the record here does not say what was prepared there".to_owned()));
-        };
-        let secret = Bytes::copy_from_slice(&secret.0);
+        let agreed = Agreed::on_record(&self.entry)?;
         let client = self.client().await?;
         match word {
-            Word::Commit => {
-                let epochs = epochs.iter().map(|epoch| epoch.0).collect();
-                reached(format_args!("commit is sent"));
-                let request = v1::CommitHandoverRequest { operation, epochs, secret };
-                let answer = client.commit_handover(request).await.map_err(PeerError::Call)?;
-                reached(format_args!("commit is answered"));
-                record(answer.handover)
-            }
+            Word::Commit => agreed.commit(&client).await,
             Word::Withdraw => {
                 let reason = "the source was restarted, and found its devices moved".to_owned();
-                let request = v1::AbandonHandoverRequest { operation, reason, secret };
-                record(client.abandon_handover(request).await.map_err(PeerError::Call)?.handover)
+                agreed.abandon(&client, reason).await
             }
         }
     }
@@ -225,22 +211,33 @@ impl Offer {
     }
 
     /// Tells the destination that it will not be asked again, and before that what it may not know: where the devices stayed
-    /// here, that nothing comes any more; where they were let go of, that they are to run there. Where that does not get
-    /// through, it is left to its own deadline, and keeps its record.
-    pub async fn farewell(mut self) {
-        let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+    /// here, that nothing comes any more; where they were let go of, that they are to run there, unless one of them
+    /// `may_run_here`. Where that does not get through, it is left to its own deadline for now, and keeps its record.
+    pub async fn farewell(self, may_run_here: bool) {
         // No destination was asked to wait longer for the commit.
         let waits = if self.is_let_go() { self.core.config.limits.max_wait } else { Duration::ZERO };
+        self.farewell_within(FAREWELL.saturating_add(waits), may_run_here).await;
+    }
+
+    /// The same, for so long. Nothing, where it is being said already.
+    pub(super) async fn farewell_within(mut self, limit: Duration, may_run_here: bool) {
+        let (environment, deadline) = (self.core.environment.clone(), self.core.environment.clone());
+        let (core, entry) = (Arc::clone(&self.core), Arc::clone(&self.entry));
+        let Ok(_alone) = entry.parting.try_lock() else { return };
         let mut pause = PAUSES.0;
         let telling = async {
             loop {
-                match self.say_farewell().await {
-                    Ok(()) => return,
+                match self.say_farewell(may_run_here).await {
+                    Ok(()) => return true,
                     Err(PeerError::Call(error))
-                        if error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
+                        if !self.is_let_go()
+                            && error.refusal().is_some_and(|refusal| refusal.code != Code::Unavailable) =>
                     {
                         tracing::info!(error = %chain(&error), "the destination has no use for a farewell");
-                        return;
+                        // What may be the last copy is asked for also where another agent is found instead.
+                        let is_unknown =
+                            error.refusal().is_some_and(|refusal| refusal.code == Code::NotFound);
+                        return is_unknown && !self.is_let_go();
                     }
                     // It may just be starting again, as this agent may.
                     Err(error) => {
@@ -252,43 +249,48 @@ impl Offer {
                 pause = (pause * 2).min(PAUSES.1);
             }
         };
-        tokio::select! {
+        let is_taken = tokio::select! {
             biased;
-            () = telling => {}
-            () = deadline.sleep(FAREWELL.saturating_add(waits)) => {
+            is_taken = telling => is_taken,
+            () = deadline.sleep(limit) => {
                 tracing::info!("the destination is left to its own deadline, and keeps its record");
+                false
             }
+        };
+        if is_taken && entry.owes_farewell() {
+            farewell::taken(&core, &entry).await;
         }
     }
 
-    async fn say_farewell(&mut self) -> Result<(), PeerError> {
-        let known = self.on_record().and_then(|known| Some((known.operation?.to_string(), known.secret?)));
+    async fn say_farewell(&mut self, may_run_here: bool) -> Result<(), PeerError> {
         // Otherwise there is nobody to tell: nothing was prepared.
-        let Some((operation, secret)) = known else { return Ok(()) };
-        let secret = Bytes::copy_from_slice(&secret.0);
+        let Some(agreed) = Agreed::of(&self.entry) else { return Ok(()) };
         let client = self.client().await?;
         let end = self.entry.view().end;
-        if self.is_let_go() {
-            // Nothing of it is left here, so whatever is there may run, and nowhere else.
-            self.call(Word::Commit).await?;
+        let mut is_silent = self.is_let_go() && may_run_here;
+        if is_silent {
+            // Nor that nothing comes: what it has may be the last copy.
+        } else if self.is_let_go() {
+            // Nothing of it runs here, or ever will, so whatever is there may run, and nowhere else.
+            agreed.commit(&client).await?;
         } else if let Some(failure) = end.and_then(|end| end.failure) {
-            let reason = failure.message.chars().take(1024).collect();
-            let request =
-                v1::AbandonHandoverRequest { operation: operation.clone(), reason, secret: secret.clone() };
-            client.abandon_handover(request).await.map_err(PeerError::Call)?;
+            agreed.abandon(&client, failure.message.chars().take(1024).collect()).await?;
         }
+        let mut pause = PAUSES.0;
         loop {
-            let request = v1::GetHandoverRequest {
-                operation: operation.clone(),
-                settled: true,
-                secret: secret.clone(),
-            };
-            let told = record(client.get_handover(request).await.map_err(PeerError::Call)?.handover)?;
+            let told = agreed.look(&client, true).await?;
             if told.step() == v1::HandoverStep::Over {
                 return Ok(());
             }
-            // It is still bringing its devices back.
-            self.core.environment.sleep(PAUSES.0).await;
+            if std::mem::take(&mut is_silent) {
+                tracing::warn!(
+                    "the destination is not told to run what was let go of here: a device was not seen to be reset, and may \
+                     run; it is left to its own deadline"
+                );
+            }
+            // It is still bringing its devices back, or waits for its deadline.
+            self.core.environment.sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //!   Admit --issue--> Ticket, 32 random bytes --caller, source--> Prepare --take--> Promise, once
+//!                                                                   nothing came of it --put_back--> out again
 //! ```
 //! Tickets live in memory: after a restart of the agent none is good, and whoever has one asks for another.
 //!
 //! # Invariants
 //! - At most [`Tickets::MOST`] are out at a time, and at most [`Tickets::MOST_OF_ONE`] that one identity has asked for; those
-//!   whose time is over make room.
+//!   whose time is over make room. One that is put back finds its room though others were made meanwhile.
 //! - A ticket that is shown by the wrong source stays good for the right one.
 
 use std::collections::BTreeMap;
@@ -118,9 +119,14 @@ impl Tickets {
         Ok(promise.clone())
     }
 
-    /// Uses a ticket up. False where somebody was quicker.
-    pub fn take(&self, ticket: &Ticket) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(ticket).is_some()
+    /// Uses a ticket up. None where somebody was quicker.
+    pub fn take(&self, ticket: &Ticket) -> Option<Promise> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(ticket)
+    }
+
+    /// Nothing came of what a ticket was taken for: it is as good as it was, for as long as it was.
+    pub fn put_back(&self, ticket: Ticket, promise: Promise) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, promise);
     }
 }
 
@@ -180,9 +186,16 @@ mod tests {
             assert!(matches!(mismatch, Err(TicketError::Mismatch { .. })), "{mismatch:?}");
         }
         assert_eq!(look(7, &[logical(1, 3)], &["a"]), Ok(()), "those did not use it up");
-        assert!(tickets.take(&ticket));
+        let taken = tickets.take(&ticket).unwrap();
         assert_eq!(look(7, &[logical(1, 3)], &["a"]), Err(TicketError::Invalid));
-        assert!(!tickets.take(&ticket));
+        assert!(tickets.take(&ticket).is_none());
+        // What it was taken for came to nothing.
+        tickets.put_back(ticket.clone(), taken);
+        assert_eq!(look(7, &[logical(1, 3)], &["a"]), Ok(()));
+        let late = tickets.look(TTL, &ticket, KeyHash([7; 32]), &[logical(1, 3)], &devices(&["a"]));
+        assert_eq!(late.map(|_| ()), Err(TicketError::Invalid), "for no longer than before");
+        assert!(tickets.take(&ticket).is_some());
+        assert_eq!(look(7, &[logical(1, 3)], &["a"]), Err(TicketError::Invalid));
     }
 
     #[test]
@@ -212,7 +225,7 @@ mod tests {
         let share = Err(TicketError::Share { caller: "one".to_owned() });
         assert_eq!(issue(second, "one"), share);
         assert!(issue(second, "two").is_ok());
-        assert!(tickets.take(&first));
+        assert!(tickets.take(&first).is_some());
         assert!(issue(second, "one").is_ok(), "what was used makes room");
         assert_eq!(issue(second, "one"), share);
         assert!(issue(second + TTL, "one").is_ok(), "and what has ended does");

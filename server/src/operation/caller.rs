@@ -387,14 +387,8 @@ impl EntryCaller {
     /// Nothing runs under an epoch that is older than one that this agent has seen: what came in between, an administrator's
     /// word for one, ends this.
     fn check_newest(&self) -> Result<(), BoxError> {
-        let records: Vec<_> = self.core.registry.all().filter_map(|slot| slot.view().record).collect();
         for device in &self.entry.fixed.devices {
-            let newer = records.iter().any(|record| {
-                let lives = std::iter::once((&record.logical, record.epoch));
-                let past = record.past.iter().map(|past| (&past.logical, past.epoch));
-                lives.chain(past).any(|(logical, epoch)| *logical == device.logical && epoch > device.epoch)
-            });
-            if newer {
+            if self.core.registry.newest_epoch(&device.logical) > Some(device.epoch) {
                 return Err(StaleEpoch(device.logical.clone(), device.epoch).into());
             }
         }
@@ -403,6 +397,7 @@ impl EntryCaller {
 
     async fn record_running(&self) -> Result<(), BoxError> {
         self.check_newest()?;
+        self.entry.set_told_to_run();
         let changes = self.devices(|device, before| {
             let (logical, epoch) = (device.logical.clone(), device.epoch);
             self.core.back_to_life(DeviceRecord { logical, epoch, ..before })

@@ -14,7 +14,7 @@ use vfio_checkpoint_proto::v1::FailureReason;
 use vfio_checkpoint_store::StoreError;
 
 pub(super) use not_kept::{Why, not_kept};
-pub(super) use settle::take_over_records;
+pub(super) use settle::{standing_still, take_over_records};
 
 use super::entry::{Cancel, Entry};
 use super::meter::per_second;
@@ -39,7 +39,7 @@ pub(super) struct End {
     rate_bytes_per_second: Option<u64>,
     /// The devices whose state is gone, where it is not that of all.
     lost: Option<Vec<DeviceName>>,
-    /// The devices that were reset, and so run, where the others stay stopped.
+    /// Devices that were seen to be reset: they run, also where the others stay stopped, and carry nothing of what they had.
     reset: Vec<DeviceName>,
     /// Whether its devices were there to the end.
     kept: bool,
@@ -64,6 +64,12 @@ impl End {
             kept: true,
             let_go: false,
         }
+    }
+
+    /// The same, where what the operation had is gone from every device, also from one that could not be brought back.
+    pub(super) fn of_all(mut self) -> Self {
+        self.lost = None;
+        self
     }
 
     fn because(
@@ -247,14 +253,15 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
                 device,
             )
         }
-        OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
+        OperationError::Failed { cause, outcome, quarantined, reset, checkpoint } => {
             let outcome = match outcome {
                 Outcome::Preserved => EndOutcome::Preserved,
                 Outcome::StateLost => EndOutcome::StateLost,
             };
             let (reason, device) = reason(lease, entry, cause);
-            let mut end = End::new(result, outcome).because(reason, chain(error), device);
+            let mut end = End::new(result, outcome).because(reason, words(entry, error), device);
             end.quarantined = quarantined.iter().filter_map(|device| name_of(lease, device)).collect();
+            end.reset = reset.iter().filter_map(|device| name_of(lease, device)).collect();
             end.consistency = checkpoint.map(|validity| match validity {
                 Validity::Consistent => Consistency::Consistent,
                 Validity::Inconsistent => Consistency::Inconsistent,
@@ -262,6 +269,21 @@ pub(super) fn failed(entry: &Entry, lease: &Lease, error: &OperationError) -> En
             end
         }
         OperationError::Inconsistent { .. } => inconsistent(),
+    }
+}
+
+/// Why an operation failed, for people. What a restore waits for is Resume, and nobody says that to an arrival.
+pub(super) fn words(entry: &Entry, error: &OperationError) -> String {
+    let arrives = matches!(entry.fixed.job, JobRecord::Arrive { .. });
+    let OperationError::Failed { cause: Cause::HoldExpired { limit }, .. } = error else {
+        return chain(error);
+    };
+    match (arrives, entry.owes_ready()) {
+        (false, _) => chain(error),
+        (true, true) => {
+            error.in_words(format_args!("whoever uses the devices did not say Ready within {limit:?}"))
+        }
+        (true, false) => error.in_words(format_args!("the source did not say Commit within {limit:?}")),
     }
 }
 
@@ -279,6 +301,7 @@ fn reason(lease: &Lease, entry: &Entry, cause: &Cause) -> (FailureReason, Option
         Cause::Unrecorded(_) => (FailureReason::JournalFailed, None),
         Cause::NoCutover { .. } => (FailureReason::CutoverTimeout, None),
         Cause::Downtime { .. } => (FailureReason::NoConvergence, None),
+        Cause::HoldExpired { .. } if entry.owes_ready() => (FailureReason::OwnerNotReady, None),
         Cause::HoldExpired { .. } if matches!(entry.fixed.job, JobRecord::Arrive { .. }) => {
             (FailureReason::CommitTimeout, None)
         }

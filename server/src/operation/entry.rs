@@ -6,11 +6,13 @@ mod seat;
 mod tests;
 mod view;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 use vfio_checkpoint_device::{DataSize, Seal};
+use vfio_checkpoint_fsm::handover::ArrivalStep;
 use vfio_checkpoint_proto::ids::{CheckpointName, DeviceName, OperationName};
 
 pub use said::{Cancel, Refused};
@@ -41,8 +43,12 @@ pub struct Entry {
     seat: Mutex<StreamSeat>,
     /// What the journal says of it: the phase that its caller sees says less.
     on_record: Mutex<RecordedStep>,
+    /// Whether its devices were told to run what it brings. It says nothing of an earlier life of the agent.
+    told_to_run: AtomicBool,
     /// Held while something of it is put on record, so that what is written last is what is true last.
     pub(crate) recording: tokio::sync::Mutex<()>,
+    /// Held while the farewell of a migration is said.
+    pub(crate) parting: tokio::sync::Mutex<()>,
 }
 
 /// Since when the devices stand still.
@@ -129,9 +135,8 @@ impl Entry {
             | RecordedStep::Ended(_) => None,
         };
         let arrives = matches!(job, JobRecord::Arrive { .. });
-        let owes_ready = owes_ready(job, handover.as_ref());
-        let (phase, deadline) = match &step {
-            RecordedStep::Held { .. } if owes_ready => (Phase::Unwinding, None),
+        let counts = step.clone().until_ready(owes_ready(job, handover.as_ref()));
+        let (phase, deadline) = match &counts {
             RecordedStep::Admitted | RecordedStep::Begun | RecordedStep::Reverting => {
                 (Phase::Unwinding, None)
             }
@@ -190,7 +195,9 @@ impl Entry {
             stopped: Mutex::default(),
             seat: Mutex::new(seat),
             on_record: Mutex::new(RecordedStep::Admitted),
+            told_to_run: AtomicBool::new(false),
             recording: tokio::sync::Mutex::default(),
+            parting: tokio::sync::Mutex::default(),
         }
     }
 
@@ -204,6 +211,16 @@ impl Entry {
         *self.on_record.lock().unwrap_or_else(PoisonError::into_inner) = step;
     }
 
+    /// Its devices are about to be told to run what it brings.
+    pub(super) fn set_told_to_run(&self) {
+        self.told_to_run.store(true, Ordering::Release);
+    }
+
+    /// Whether its devices were told to run what it brings, in this life of the agent.
+    pub(super) fn is_told_to_run(&self) -> bool {
+        self.told_to_run.load(Ordering::Acquire)
+    }
+
     /// Takes in what became of the hand-over.
     pub(crate) fn hand_over(&self, change: impl FnOnce(&mut Handover)) {
         self.view.send_if_modified(|view| {
@@ -214,7 +231,8 @@ impl Entry {
         });
     }
 
-    /// Nobody will ask any more how it ended. That is told to nobody, so it is no change.
+    /// Nobody will ask any more how it ended, or, of a migration, the destination knows that. That is told to nobody, so it is
+    /// no change.
     pub(crate) fn settled(&self) {
         self.view.send_if_modified(|view| {
             if let Some(handover) = &mut view.handover {
@@ -371,6 +389,23 @@ impl Entry {
         let arrives = matches!(self.fixed.job, JobRecord::Arrive { .. });
         let asked = view.handover.as_ref().map(|handover| &handover.record);
         arrives && asked.is_some_and(|record| record.prepared.is_some() && !record.settled)
+    }
+
+    /// How far an arrival is. Over only once that is on record, and loading until Ready is, where that is to be said.
+    pub fn arrival_step(&self) -> ArrivalStep {
+        // In this order: where its end is on record, its verdict was there before.
+        let step = self.on_record().until_ready(self.owes_ready());
+        let handover = self.view().handover;
+        step.arrival(handover.and_then(|handover| handover.record.verdict))
+    }
+
+    /// Whether it is a migration that is over, and whose destination does not know yet that nobody will ask it again.
+    pub fn owes_farewell(&self) -> bool {
+        let view = self.view.borrow();
+        let leaves = matches!(self.fixed.job, JobRecord::Migrate { .. }) && view.end.is_some();
+        let told = view.handover.as_ref().map(|handover| &handover.record);
+        // Without a secret nothing was prepared there, and nobody is to be told.
+        leaves && told.is_some_and(|record| record.secret.is_some() && !record.settled)
     }
 
     /// Whether it is an arrival of which Ready is to be said, and is not on record. Until then its source is told nothing,

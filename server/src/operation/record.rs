@@ -128,7 +128,8 @@ pub struct HandoverRecord {
     pub verdict: Option<VerdictRecord>,
     /// What an admin decided.
     pub resolution: Option<ResolutionRecord>,
-    /// At the destination: the source has its own end on record.
+    /// At the destination: the source has its own end on record. At the source: the destination knows that, or has nothing on
+    /// record any more. False there in records of before it was kept.
     pub settled: bool,
     /// At the destination: who asked for the ticket. None in records of before it was kept.
     #[serde(default)]
@@ -357,6 +358,12 @@ impl RecordedStep {
         }
     }
 
+    /// What counts where Ready is still to be said: what is held waits for nobody yet, and is undone after a restart.
+    #[must_use]
+    pub fn until_ready(self, owes_ready: bool) -> Self {
+        if owes_ready && matches!(self, Self::Held { .. }) { Self::Begun } else { self }
+    }
+
     /// How far an arrival is that has this on record.
     pub fn arrival(&self, verdict: Option<VerdictRecord>) -> ArrivalStep {
         match self {
@@ -430,6 +437,13 @@ pub struct EndRecord {
     /// The revision that was told with the end. 0 in records of before it was kept.
     #[serde(default)]
     pub revision: u64,
+}
+
+impl EndRecord {
+    /// The devices that take no work at its end.
+    pub fn out_of_service(&self) -> impl Iterator<Item = &DeviceName> {
+        self.quarantined.iter().chain(&self.hung).chain(&self.unavailable)
+    }
 }
 
 /// How an operation ended.

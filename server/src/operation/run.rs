@@ -273,8 +273,7 @@ async fn save(
     let giver = if caller.entry.is_manual() { giver.with_cutover() } else { giver };
     let core = &caller.core;
     let seal_timeout = core.config.server.seal_timeout;
-    let mut sink =
-        WireSink::new(giver, Arc::clone(&caller.entry), &core.environment, idle_timeout, seal_timeout);
+    let mut sink = WireSink::new(giver, Arc::clone(&caller.entry), core, idle_timeout, seal_timeout);
     caller.stream = Some(sink.watch());
     let saved = operation::save(lanes, terms, &caller, &mut sink).await;
     if let Err(error) = &saved {
@@ -307,7 +306,7 @@ async fn migrate(
     // The destination may wait for its own workload before it says that it has all.
     let seal_timeout = core.config.server.seal_timeout.max(terms.hold_limit);
     let entry = Arc::clone(&caller.entry);
-    let wire = WireSink::new(giver, entry, &core.environment, idle_timeout, seal_timeout);
+    let wire = WireSink::new(giver, entry, &core, idle_timeout, seal_timeout);
     let watch = wire.watch();
     caller.stream = Some(watch.clone());
     let mut sink = HandoverSink::new(wire, offer);
@@ -330,7 +329,7 @@ async fn arrive(
     let mut source = ArrivalSource::new(source, core, entry, terms.hold_limit);
     let restored = operation::restore(lanes, terms, &caller, &mut source).await;
     if let Err(error) = &restored {
-        source.give_up(&chain(error)).await;
+        source.give_up(&end::words(&caller.entry, error)).await;
     }
     restored
 }
@@ -373,6 +372,7 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     for slot in lease.slots() {
         slot.read_back().await;
     }
+    let standing_still = end::standing_still(&lease);
     reached(format_args!("read back"));
     let (record, changes) = ended.settle(core, entry, &lease);
     let recording = entry.recording.lock().await;
@@ -390,10 +390,12 @@ pub(super) async fn finish(core: &Arc<Core>, entry: &Arc<Entry>, lease: Lease, e
     );
     drop(lease);
     core.operations.release();
+    // It was not seen to be reset, and nobody knows that it stands still.
+    let may_run_here = record.out_of_service().any(|device| !standing_still.contains(device));
     entry.end(record);
     if matches!(entry.fixed.job, JobRecord::Migrate { .. }) {
         // In a task of its own: the destination may be gone, and nothing here depends on it any more.
         let offer = Offer::new(Arc::clone(core), Arc::clone(entry), None);
-        core.tasks.spawn(offer.farewell());
+        core.tasks.spawn(offer.farewell(may_run_here));
     }
 }

@@ -17,6 +17,8 @@ pub struct Signals {
     ready: watch::Sender<bool>,
     resolved: watch::Sender<bool>,
     cancel: watch::Sender<Option<Cancel>>,
+    /// `CommitHandover` was heard in this life of the agent.
+    commit_heard: AtomicBool,
     /// It is not taken up yet, because a device of it does not answer.
     waits_for_device: AtomicBool,
 }
@@ -31,6 +33,7 @@ impl Signals {
             ready: watch::Sender::new(false),
             resolved: watch::Sender::new(false),
             cancel: watch::Sender::new(None),
+            commit_heard: AtomicBool::new(false),
             waits_for_device: AtomicBool::new(false),
         }
     }
@@ -62,6 +65,12 @@ impl Signals {
     /// The destination may run the devices.
     pub fn say_commit(&self) {
         self.commit.send_replace(true);
+    }
+
+    /// Whether `CommitHandover` is heard for the first time: asked once for each that may be. A source says it again and
+    /// again, and what it brings about is one decision.
+    pub fn is_first_commit(&self) -> bool {
+        !self.commit_heard.swap(true, Ordering::AcqRel)
     }
 
     /// Whoever uses the devices of an arrival is ready.

@@ -381,17 +381,8 @@ impl Core {
 
     /// The epoch under which a logical device runs next: higher than any that this agent has seen of it.
     pub(crate) fn next_epoch(&self, logical: &LogicalDeviceId, stated: Epoch) -> Epoch {
-        let here = self.registry.all().filter_map(|slot| slot.view().record);
-        let highest = here
-            .flat_map(|record| {
-                let lives = OccupantRecord { logical: record.logical, epoch: record.epoch };
-                let past = record.past.into_iter();
-                past.map(|past| OccupantRecord { logical: past.logical, epoch: past.epoch }).chain([lives])
-            })
-            .filter(|record| record.logical == *logical)
-            .map(|record| record.epoch)
-            .fold(stated, Ord::max);
-        Epoch(highest.0.saturating_add(1))
+        let newest = self.registry.newest_epoch(logical).map_or(stated, |newest| newest.max(stated));
+        Epoch(newest.0.saturating_add(1))
     }
 }
 

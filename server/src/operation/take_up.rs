@@ -19,9 +19,10 @@
 //! ```
 //! An operation of which a kept device does not answer yet is not taken up, and its devices stay leased, until it answers or
 //! is known to be lost: what became of its state nobody can tell before.
-//! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did. A
-//! device that is not open, or not configured any more, may be in the holder's hands as it was: of an arrival it counts as
-//! one that nobody can reset, and of what was handed over it is on record as good for nothing but a reset.
+//! Where only some devices of a set were kept, those are brought back alone, and the operation ends as the others did: one
+//! that was reset for it is somebody new. A device that is not open, or not configured any more, may be in the holder's hands
+//! as it was: of an arrival it counts as one that nobody can reset, and of what was handed over it is on record as good for
+//! nothing but a reset.
 
 mod handed_over;
 
@@ -34,7 +35,9 @@ use tracing::Instrument as _;
 use vfio_checkpoint_device::driver::Driver;
 use vfio_checkpoint_device::operation::{self, LoadedBefore, RecordedRestore, RecordedSave};
 use vfio_checkpoint_device::{Call, VerifiedSeal};
-use vfio_checkpoint_fsm::{AfterLoad, AfterSave, Cutover, RestorePlan, Role, SavePlan, SaveState, Validity};
+use vfio_checkpoint_fsm::{
+    AfterLoad, AfterSave, Cutover, Outcome, RestorePlan, Role, SavePlan, SaveState, Validity,
+};
 use vfio_checkpoint_proto::ids::DeviceName;
 
 use super::caller::EntryCaller;
@@ -62,19 +65,8 @@ impl Core {
     /// a device that is late, it goes on in a task; else it is over when this returns.
     pub async fn take_up(self: &Arc<Self>, unfinished: Unfinished, arriving: &BTreeMap<DeviceName, Arrival>) {
         let Unfinished { entry, step } = unfinished;
-        let step = match step {
-            // Its source does not wait for it, and did not hear that all is there.
-            RecordedStep::Held { .. } if entry.owes_ready() => RecordedStep::Begun,
-            step @ (RecordedStep::Admitted
-            | RecordedStep::Begun
-            | RecordedStep::Held { .. }
-            | RecordedStep::Running { .. }
-            | RecordedStep::Stopped
-            | RecordedStep::Committing
-            | RecordedStep::LettingGo
-            | RecordedStep::Reverting
-            | RecordedStep::Ended(_)) => step,
-        };
+        // Its source does not wait for it, and did not hear that all is there.
+        let step = step.until_ready(entry.owes_ready());
         let slots =
             entry.device_names().filter_map(|name| self.registry.get(name).cloned()).collect::<Vec<_>>();
         let lease = match self.registry.lease(slots, &entry.fixed.name) {
@@ -345,14 +337,22 @@ async fn not_kept(core: &Arc<Core>, entry: &Arc<Entry>, step: &RecordedStep, the
     };
     // Of an arrival that is given up nothing runs on, also not what had begun to.
     let is_given_up = matches!(entry.fixed.job, JobRecord::Arrive { .. }) && role == Role::Destination;
+    // A device that was reset runs, too, and nothing tells it from one that was not touched yet. But what was quarantined is
+    // left alone: of it somebody decides.
+    let is_undone =
+        matches!(entry.fixed.job, JobRecord::Restore { .. }) && matches!(step, RecordedStep::Begun);
+    let is_quarantined = |slot: &Arc<Slot>| slot.view().record.is_some_and(|record| record.quarantined);
     let (mut lost, mut reset, mut quarantined) = (Vec::new(), Vec::new(), Vec::new());
     for There { name, slot, how } in there {
         let why = match how {
             // It stays stopped as was asked for: its checkpoint may run elsewhere.
             Found::Kept if *step == RecordedStep::Stopped => continue,
             Found::Kept => {
-                if !bring_back(slot.as_ref(), role, is_given_up).await {
-                    quarantined.push(name.clone());
+                let undone = is_undone && !slot.as_ref().is_some_and(is_quarantined);
+                match bring_back(slot.as_ref(), role, is_given_up || undone).await {
+                    Some(Outcome::Preserved) => {}
+                    Some(Outcome::StateLost) => reset.push(name.clone()),
+                    None => quarantined.push(name.clone()),
                 }
                 continue;
             }
@@ -367,7 +367,7 @@ async fn not_kept(core: &Arc<Core>, entry: &Arc<Entry>, step: &RecordedStep, the
         lost.push((name.clone(), why));
         let resisted = match how {
             // Its record may be behind what is in it: what is told of the arrival must hold all the same.
-            Found::KeptSince => is_given_up && !bring_back(slot.as_ref(), role, true).await,
+            Found::KeptSince => is_given_up && bring_back(slot.as_ref(), role, true).await.is_none(),
             Found::Kept | Found::Opened => false,
             // Nobody can say that it does not run.
             Found::NotOpen | Found::NotConfigured => is_given_up,
@@ -378,18 +378,18 @@ async fn not_kept(core: &Arc<Core>, entry: &Arc<Entry>, step: &RecordedStep, the
             reset.push(name.clone());
         }
     }
-    end::not_kept(entry, lost, reset, quarantined, step)
+    let end = end::not_kept(entry, lost, reset, quarantined, step);
+    if is_given_up { end.of_all() } else { end }
 }
 
-/// Brings a device back that was kept, or resets it.
-async fn bring_back(slot: Option<&Arc<Slot>>, role: Role, reset: bool) -> bool {
-    let Some(lane) = slot.and_then(|slot| slot.lane()) else { return false };
+/// Brings a device back that was kept, or resets it, and says what became of what it carried. None where it resists.
+async fn bring_back(slot: Option<&Arc<Slot>>, role: Role, reset: bool) -> Option<Outcome> {
+    let lane = slot?.lane()?;
     let back = if reset {
-        lane.start(Call::Reset, Driver::reset).finished().await
+        let reset = |driver: &mut Driver| driver.reset().map(|()| Outcome::StateLost);
+        lane.start(Call::Reset, reset).finished().await
     } else {
-        let recovered =
-            lane.start(Call::GetState, move |driver| driver.recover_left_over(role)).finished().await;
-        recovered.map(|recovered| recovered.map(|_outcome| ()))
+        lane.start(Call::GetState, move |driver| driver.recover_left_over(role)).finished().await
     };
-    matches!(back, Ok(Ok(())))
+    back.ok()?.ok()
 }

@@ -28,7 +28,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
-use vfio_checkpoint_proto::ids::{DeviceName, OperationName};
+use vfio_checkpoint_proto::ids::{DeviceName, Epoch, LogicalDeviceId, OperationName};
 
 pub use slot::{Opened, Slot};
 pub use view::{DeviceView, Standing};
@@ -81,6 +81,16 @@ impl Registry {
         use std::ops::Bound::{Excluded, Unbounded};
         let from = after.map_or(Unbounded, Excluded);
         self.slots.range::<DeviceName, _>((from, Unbounded)).map(|(_, slot)| slot)
+    }
+
+    /// The newest epoch of a logical device that lives in a device of this agent, or lived in one as far as that is kept.
+    pub fn newest_epoch(&self, logical: &LogicalDeviceId) -> Option<Epoch> {
+        let records = self.all().filter_map(|slot| slot.view().record);
+        let epochs = records.flat_map(|record| {
+            let past = record.past.into_iter().map(|past| (past.logical, past.epoch));
+            past.chain([(record.logical, record.epoch)])
+        });
+        epochs.filter(|(known, _)| known == logical).map(|(_, epoch)| epoch).max()
     }
 
     /// Tells when any device changes.

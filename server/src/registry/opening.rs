@@ -213,6 +213,8 @@ impl Opener {
         };
         let lane = DeviceLane::new(driver, Arc::clone(&self.environment.executor), self.call_limit)
             .map_err(|error| format!("its thread cannot be started: {error}"))?;
+        // From here on whoever ends the agent waits for its close, wherever this ends.
+        slot.has_lane(&lane);
         reached(format_args!("boot: device open"));
         if record.quarantined {
             let quarantine = lane.start(Call::GetState, Driver::quarantine).finished().await;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use vfio_checkpoint_device::address::DeviceAddress;
 use vfio_checkpoint_device::kernel::KernelPath;
+use vfio_checkpoint_device::lane::Closing;
 use vfio_checkpoint_device::sim::SimDevice;
 use vfio_checkpoint_device::{Backend, Call, DataSize, DeviceLane, Fingerprint, driver};
 use vfio_checkpoint_fsm::State;
@@ -22,9 +23,12 @@ pub struct Slot {
     path: Option<KernelPath>,
     environment: Environment,
     lane: Mutex<Option<DeviceLane>>,
+    closing: Mutex<Option<Closing>>,
     sim: Mutex<Option<SimDevice>>,
     /// Who has the device log the pages that it writes: reading the log clears it, so it is one caller's alone.
     log_owner: Mutex<Option<String>>,
+    /// Where the device was seen last. The view says where it is, and nothing of one that does not answer.
+    seen: Mutex<Option<State>>,
     view: watch::Sender<DeviceView>,
     revision: Arc<watch::Sender<u64>>,
 }
@@ -86,8 +90,10 @@ impl Slot {
             path: None,
             environment,
             lane,
+            closing: Mutex::new(None),
             sim,
             log_owner: Mutex::new(None),
+            seen: Mutex::new(None),
             view,
             revision,
         }
@@ -119,6 +125,16 @@ impl Slot {
         self.locked().clone()
     }
 
+    /// When what was opened of it last is closed, taken in or not.
+    pub fn closing(&self) -> Option<Closing> {
+        self.closing.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Its device is open, on this lane; whether it is taken in will be seen.
+    pub(super) fn has_lane(&self, lane: &DeviceLane) {
+        *self.closing.lock().unwrap_or_else(PoisonError::into_inner) = Some(lane.closing());
+    }
+
     /// The simulated device behind it, where it is one: what it holds can be told, as of no real device.
     pub fn sim(&self) -> Option<SimDevice> {
         self.sim.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -137,6 +153,15 @@ impl Slot {
     /// As it was known last.
     pub fn view(&self) -> DeviceView {
         self.view.borrow().clone()
+    }
+
+    /// Where the device was seen last in this life of the agent, also where it does not answer any more.
+    pub fn last_seen(&self) -> Option<State> {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn see(&self, state: State) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
     }
 
     /// Takes in an opened device.
@@ -185,6 +210,7 @@ impl Slot {
     /// Takes in the state that an operation has just read back. Nothing more is known of a device that hangs.
     pub fn set_state(&self, state: State) {
         let now = self.environment.unix_now();
+        self.see(state);
         self.change(|view| match view.standing {
             Standing::Hung(_) => {}
             Standing::Ready
@@ -218,17 +244,22 @@ impl Slot {
         });
         let now = self.environment.unix_now();
         match reading.finished().await {
-            Ok((state, data_size, standing)) => self.change(|view| {
-                view.state = state.ok().map(|state| (state, now));
-                view.data_size = data_size;
-                match standing {
-                    driver::Standing::Quarantined => view.standing = Standing::Quarantined,
-                    driver::Standing::InService if view.standing != Standing::Quarantined => {
-                        view.standing = Standing::Ready;
-                    }
-                    driver::Standing::InService => {}
+            Ok((state, data_size, standing)) => {
+                if let Ok(state) = &state {
+                    self.see(*state);
                 }
-            }),
+                self.change(|view| {
+                    view.state = state.ok().map(|state| (state, now));
+                    view.data_size = data_size;
+                    match standing {
+                        driver::Standing::Quarantined => view.standing = Standing::Quarantined,
+                        driver::Standing::InService if view.standing != Standing::Quarantined => {
+                            view.standing = Standing::Ready;
+                        }
+                        driver::Standing::InService => {}
+                    }
+                });
+            }
             Err(hung) => self.change(|view| {
                 view.state = None;
                 view.standing = Standing::Hung(hung.to_string());

@@ -6,7 +6,8 @@
 //! ```
 //! Invariants: whoever calls has come through the same layers, and sees the same statuses.
 //!
-//! Failure paths: a status with its reason, before the stream is open; after that, what `transfer::Incoming` says.
+//! Failure paths: a status with its reason, before the stream is open; after that what `transfer::Incoming` says of the
+//! caller's messages, with the reason that it has for any other method.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use tower::Service;
 use vfio_checkpoint_client::transfer::{Incoming, Outgoing, Refused};
 
 use super::Checkpoints;
+use super::unread::explained;
 
 /// The path of the method.
 const STREAM_STATE: &str = "/vfio.checkpoint.v1.CheckpointService/StreamState";
@@ -82,7 +84,7 @@ async fn stream(checkpoints: &Checkpoints, request: Request<Body>) -> Result<Res
     let refused = Refused::default();
     let incoming = Incoming::request(body, Arc::clone(&refused));
     let queue = checkpoints.stream(&parts.extensions, incoming).await?;
-    let mut response = Response::new(Outgoing::response(queue, refused));
+    let mut response = Response::new(Outgoing::response(queue, refused, explained));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     Ok(response)
 }

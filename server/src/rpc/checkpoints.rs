@@ -17,7 +17,7 @@ use vfio_checkpoint_proto::v1::checkpoint_service_server::CheckpointService;
 use vfio_checkpoint_proto::v1::stream_message::Kind;
 use vfio_checkpoint_proto::version::negotiate;
 
-use super::{Refusal, audit, caller, messages, open, own_entry, say, spec, stored, to_its_end};
+use super::{Asked, Refusal, audit, caller, messages, open, own_entry, say, spec, stored, to_its_end};
 use crate::core::Core;
 use crate::operation::record::{JobRecord, PeerRecord};
 use crate::operation::{Entry, Opener, Starter};
@@ -149,7 +149,7 @@ impl Checkpoints {
         let mut operation = String::new();
         let peer = extensions.get::<PeerInfo>().cloned();
         let attached = self.attach(&caller, peer, incoming, &mut operation).await;
-        audit(&caller, "StreamState", &operation, &attached);
+        audit(&caller, &Asked::new("StreamState", &operation), &attached);
         Ok(attached?)
     }
 }
@@ -170,7 +170,7 @@ impl CheckpointService for Checkpoints {
         request: Request<v1::StartSaveRequest>,
     ) -> Result<Response<v1::StartSaveResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
+        let asked = Asked::new("StartSave", wire.devices.join(",")).by_request(&wire.request_id);
         let validated = wire.validate_only;
         let started = async {
             let digest = body_digest(&wire);
@@ -181,7 +181,7 @@ impl CheckpointService for Checkpoints {
         }
         .await;
         if !validated {
-            audit(&caller, "StartSave", &resource, &started);
+            audit(&caller, &asked, &started);
         }
         let started = started?;
         Ok(Response::new(v1::StartSaveResponse {
@@ -211,7 +211,7 @@ impl CheckpointService for Checkpoints {
         request: Request<v1::RestoreRequest>,
     ) -> Result<Response<v1::RestoreResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
+        let asked = Asked::new("Restore", wire.devices.join(",")).by_request(&wire.request_id);
         let validated = wire.validate_only;
         let started = async {
             let digest = body_digest(&wire);
@@ -222,7 +222,7 @@ impl CheckpointService for Checkpoints {
         }
         .await;
         if !validated {
-            audit(&caller, "Restore", &resource, &started);
+            audit(&caller, &asked, &started);
         }
         let started = started?;
         Ok(Response::new(v1::RestoreResponse {
@@ -237,7 +237,7 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<v1::CutoverResponse>, Status> {
         let (caller, wire) = open(request)?;
         let said = say(&self.core, &caller, &wire.operation, Entry::cutover);
-        audit(&caller, "Cutover", &wire.operation, &said);
+        audit(&caller, &Asked::new("Cutover", &wire.operation), &said);
         Ok(Response::new(v1::CutoverResponse { operation: Some(messages::operation(&*said?)) }))
     }
 
@@ -264,7 +264,7 @@ impl CheckpointService for Checkpoints {
     ) -> Result<Response<v1::DeleteCheckpointResponse>, Status> {
         let (caller, wire) = open(request)?;
         let deleted = stored::delete(&self.core, &wire.name, &caller).await;
-        audit(&caller, "DeleteCheckpoint", &wire.name, &deleted);
+        audit(&caller, &Asked::new("DeleteCheckpoint", &wire.name), &deleted);
         deleted?;
         Ok(Response::new(v1::DeleteCheckpointResponse {}))
     }
@@ -289,7 +289,7 @@ impl CheckpointService for Checkpoints {
             Self::fits(&caller, &*own_entry(&self.core, &name, &caller)?)?;
             say(&self.core, &caller, &wire.operation, Entry::resume)
         })();
-        audit(&caller, "Resume", &wire.operation, &said);
+        audit(&caller, &Asked::new("Resume", &wire.operation), &said);
         Ok(Response::new(v1::ResumeResponse { operation: Some(messages::operation(&*said?)) }))
     }
 }

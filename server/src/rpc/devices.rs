@@ -22,7 +22,7 @@ use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::ErrorReason;
 use vfio_checkpoint_proto::v1::device_service_server::DeviceService;
 
-use super::{Refusal, audit, messages, open, page, spec, to_its_end};
+use super::{Asked, Refusal, audit, messages, open, page, spec, to_its_end};
 use crate::core::Core;
 use crate::journal::{Change, DeviceRecord, RequestAnswer, RequestKey, RequestRecord};
 use crate::operation::hex;
@@ -317,7 +317,8 @@ impl DeviceService for Devices {
         request: Request<v1::ResetDeviceRequest>,
     ) -> Result<Response<v1::ResetDeviceResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let (resource, validated) = (wire.name.clone(), wire.validate_only);
+        let asked = Asked::new("ResetDevice", &wire.name).by_request(&wire.request_id);
+        let validated = wire.validate_only;
         let done = async {
             let digest = body_digest(&wire);
             let spec: ResetSpec = spec(wire)?;
@@ -326,7 +327,7 @@ impl DeviceService for Devices {
         }
         .await;
         if !validated {
-            audit(&caller, "ResetDevice", &resource, &done);
+            audit(&caller, &asked, &done);
         }
         let Done { view, state_lost } = done?;
         Ok(Response::new(v1::ResetDeviceResponse { device: Some(messages::device(&view)), state_lost }))
@@ -337,7 +338,7 @@ impl DeviceService for Devices {
         request: Request<v1::StartDirtyTrackingRequest>,
     ) -> Result<Response<v1::StartDirtyTrackingResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.name.clone();
+        let asked = Asked::new("StartDirtyTracking", &wire.name);
         let started = async {
             let DirtyTrackingSpec { name, page_bytes, ranges } = spec(wire)?;
             let ranges: Vec<IovaRange> =
@@ -349,7 +350,7 @@ impl DeviceService for Devices {
             Ok(page_bytes)
         }
         .await;
-        audit(&caller, "StartDirtyTracking", &resource, &started);
+        audit(&caller, &asked, &started);
         Ok(Response::new(v1::StartDirtyTrackingResponse { page_bytes: started? }))
     }
 
@@ -385,7 +386,7 @@ impl DeviceService for Devices {
             Ok(())
         }
         .await;
-        audit(&caller, "StopDirtyTracking", &wire.name, &stopped);
+        audit(&caller, &Asked::new("StopDirtyTracking", &wire.name), &stopped);
         stopped?;
         Ok(Response::new(v1::StopDirtyTrackingResponse {}))
     }

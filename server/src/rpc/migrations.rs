@@ -1,19 +1,23 @@
 //! `MigrationService`.
 //!
 //! What a call decides has its audit line also where the caller hangs up before it hears how that ended: whoever waits for
-//! a device, or for a journal, may be gone by then.
+//! a device, or for a journal, may be gone by then. The two that a source says again and again, `CommitHandover` and
+//! `GetHandover` with `settled`, have one line for what they bring about, however often they come.
 
 use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
+use tracing::Instrument as _;
 use vfio_checkpoint_proto::digest::body_digest;
-use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name, secret};
+use vfio_checkpoint_proto::domain::{AdmitSpec, MigrateSpec, operation_name};
 use vfio_checkpoint_proto::ids::KeyHash;
+use vfio_checkpoint_proto::proof::Claim;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::migration_service_server::MigrationService;
 
-use super::{Refusal, audit, messages, open, say, spec, to_its_end};
+use super::{Asked, Asker, Refusal, audit, audit_stating, messages, open, say, spec, to_its_end};
 use crate::core::Core;
+use crate::migration::ended;
 use crate::operation::{Entry, Starter};
 use crate::security::authorize::Caller;
 use crate::security::roles::Role;
@@ -35,14 +39,14 @@ impl Migrations {
     async fn audited<T: Send + 'static>(
         &self,
         caller: &Caller,
-        line: Option<(&'static str, String)>,
+        line: Option<Asked>,
         change: impl Future<Output = Result<T, Refusal>> + Send + 'static,
     ) -> Result<T, Refusal> {
         let caller = caller.clone();
         let change = async move {
             let done = change.await;
-            if let Some((action, resource)) = line {
-                audit(&caller, action, &resource, &done);
+            if let Some(asked) = line {
+                audit(&caller, &asked, &done);
             }
             done
         };
@@ -74,12 +78,12 @@ impl MigrationService for Migrations {
 
     async fn admit(&self, request: Request<v1::AdmitRequest>) -> Result<Response<v1::AdmitResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let resource = wire.devices.join(",");
+        let asked = Asked::new("Admit", wire.devices.join(","));
         let admitted = (|| {
             let spec: AdmitSpec = spec(wire)?;
             self.core.admit_source(spec, caller.identity.to_string())
         })();
-        audit(&caller, "Admit", &resource, &admitted);
+        audit(&caller, &asked, &admitted);
         let admitted = admitted?;
         Ok(Response::new(v1::AdmitResponse {
             ticket: bytes::Bytes::copy_from_slice(&admitted.ticket.0),
@@ -93,7 +97,8 @@ impl MigrationService for Migrations {
         request: Request<v1::MigrateRequest>,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = (!wire.validate_only).then(|| ("Migrate", wire.devices.join(",")));
+        let line = (!wire.validate_only)
+            .then(|| Asked::new("Migrate", wire.devices.join(",")).by_request(&wire.request_id));
         let (core, by) = (Arc::clone(&self.core), caller.clone());
         let starting = Box::pin(async move {
             let digest = body_digest(&wire);
@@ -115,13 +120,13 @@ impl MigrationService for Migrations {
     ) -> Result<Response<v1::CommitResponse>, Status> {
         let (caller, wire) = open(request)?;
         let said = say(&self.core, &caller, &wire.operation, Entry::commit);
-        audit(&caller, "Commit", &wire.operation, &said);
+        audit(&caller, &Asked::new("Commit", &wire.operation), &said);
         Ok(Response::new(v1::CommitResponse { operation: Some(messages::operation(&*said?)) }))
     }
 
     async fn ready(&self, request: Request<v1::ReadyRequest>) -> Result<Response<v1::ReadyResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = Some(("Ready", wire.operation.clone()));
+        let line = Some(Asked::new("Ready", &wire.operation));
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
         let is_admin = caller.roles.contains(Role::Admin);
         let said = self.audited(&caller, line, async move {
@@ -138,17 +143,25 @@ impl MigrationService for Migrations {
         let (caller, wire) = open(request)?;
         // What was decided, and what is answered for, belongs into the audit line.
         let resource = format!(
-            "{} {} fenced={} accept_loss={} {}",
+            "{} {} fenced={} accept_loss={}",
             wire.operation,
             wire.resolution().as_str_name(),
             wire.peer_is_fenced,
-            wire.accept_loss,
-            wire.statement.escape_default().take(1024).collect::<String>()
+            wire.accept_loss
         );
-        let line = (!wire.validate_only).then_some(("Resolve", resource));
+        let line = Asked::new("Resolve", resource);
+        let (statement, decides) = (wire.statement.clone(), !wire.validate_only);
         let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-        let resolved = self.audited(&caller, line, async move { core.resolve(spec(wire)?, by).await });
-        let resolved = resolved.await?;
+        let (waits, asker) = Asker::waiting();
+        let resolving = async move {
+            let resolved = async { core.resolve(spec(wire)?, by, asker).await }.await;
+            if decides {
+                audit_stating(&caller, &line, &statement, &resolved);
+            }
+            resolved
+        };
+        let resolved = to_its_end(&self.core.tasks, resolving).await?;
+        drop(waits);
         let (destination, destination_error) = match resolved.destination {
             Ok(told) => (Some(told), String::new()),
             Err(error) => (None, error),
@@ -167,7 +180,7 @@ impl MigrationService for Migrations {
         request: Request<v1::PrepareRequest>,
     ) -> Result<Response<v1::PrepareResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = (!wire.validate_only).then(|| ("Prepare", wire.devices.join(",")));
+        let line = (!wire.validate_only).then(|| Asked::new("Prepare", wire.devices.join(",")));
         let (core, key) = (Arc::clone(&self.core), key(&caller));
         let starter = Starter {
             caller: caller.identity.to_string(),
@@ -198,11 +211,23 @@ impl MigrationService for Migrations {
         request: Request<v1::CommitHandoverRequest>,
     ) -> Result<Response<v1::CommitHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
-        let line = Some(("CommitHandover", wire.operation.clone()));
-        let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-        let told = self.audited(&caller, line, async move { core.commit_handover(spec(wire)?, &by).await });
-        let told = told.await?;
-        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(messages::handover_record(&told)) }))
+        let asked = Asked::new("CommitHandover", &wire.operation);
+        let said = spec(wire).and_then(|spec| self.core.commit_handover(spec, &caller.identity.to_string()));
+        if said.is_err() {
+            audit(&caller, &asked, &said);
+        }
+        let entry = said?;
+        if entry.signals.is_first_commit() {
+            // Said again it is the same decision, of whoever said it first. Only this one waits where nobody else does.
+            let (entry, caller) = (Arc::clone(&entry), caller.clone());
+            let line = async move {
+                ended(&entry).await;
+                audit(&caller, &asked, &Ok(()));
+            };
+            self.core.tasks.spawn(line.in_current_span());
+        }
+        let (record, proof) = messages::proven_record(&ended(&entry).await);
+        Ok(Response::new(v1::CommitHandoverResponse { handover: Some(record), proof }))
     }
 
     async fn abandon_handover(
@@ -212,14 +237,15 @@ impl MigrationService for Migrations {
         let (caller, wire) = open(request)?;
         let told = (|| {
             let name = operation_name("operation", &wire.operation)?;
-            let secret = secret(&wire.secret)?;
+            let claim = Claim::new(&wire, &wire.proof)?;
             // It ends up in logs and in the operation's failure.
             let reason =
                 wire.reason.chars().take(1024).map(|c| if c.is_control() { ' ' } else { c }).collect();
-            self.core.abandon_handover(&name, &caller.identity.to_string(), &secret, reason)
+            self.core.abandon_handover(&name, &caller.identity.to_string(), &claim, reason)
         })();
-        audit(&caller, "AbandonHandover", &wire.operation, &told);
-        Ok(Response::new(v1::AbandonHandoverResponse { handover: Some(messages::handover_record(&told?)) }))
+        audit(&caller, &Asked::new("AbandonHandover", &wire.operation), &told);
+        let (record, proof) = messages::proven_record(&told?);
+        Ok(Response::new(v1::AbandonHandoverResponse { handover: Some(record), proof }))
     }
 
     async fn get_handover(
@@ -228,18 +254,29 @@ impl MigrationService for Migrations {
     ) -> Result<Response<v1::GetHandoverResponse>, Status> {
         let (caller, wire) = open(request)?;
         let told = if wire.settled {
-            let line = Some(("GetHandover settled", wire.operation.clone()));
-            let (core, by) = (Arc::clone(&self.core), caller.identity.to_string());
-            let settled = self.audited(&caller, line, async move {
-                let name = operation_name("operation", &wire.operation)?;
-                core.settle_handover(&name, &by, &secret(&wire.secret)?).await
-            });
-            settled.await?
+            let (core, caller) = (Arc::clone(&self.core), caller.clone());
+            let settling = async move {
+                let settled = async {
+                    let name = operation_name("operation", &wire.operation)?;
+                    let claim = Claim::new(&wire, &wire.proof)?;
+                    core.settle_handover(&name, &caller.identity.to_string(), &claim).await
+                };
+                let settled = settled.await;
+                // Its source asks until it is over, and after that nothing changes any more.
+                if !matches!(settled, Ok((_, false))) {
+                    audit(&caller, &Asked::new("GetHandover settled", &wire.operation), &settled);
+                }
+                Ok(settled?.0)
+            };
+            to_its_end(&self.core.tasks, settling).await?
         } else {
-            // Read, and nothing more.
+            // Read, and nothing more. Others than the source may look, who have nothing to prove.
             let name = operation_name("operation", &wire.operation).map_err(Refusal::from)?;
-            self.core.handover(&name)?
+            let claim = (!wire.proof.is_empty()).then(|| Claim::new(&wire, &wire.proof)).transpose();
+            let by = caller.identity.to_string();
+            self.core.handover(&name, &by, claim.map_err(Refusal::from)?.as_ref())?
         };
-        Ok(Response::new(v1::GetHandoverResponse { handover: Some(messages::handover_record(&told)) }))
+        let (record, proof) = messages::proven_record(&told);
+        Ok(Response::new(v1::GetHandoverResponse { handover: Some(record), proof }))
     }
 }

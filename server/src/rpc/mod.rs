@@ -5,7 +5,8 @@
 //!                 \--> Refusal --status--> google.rpc details
 //!   no request at all --------unread-----> google.rpc details
 //! ```
-//! What a handler starts goes on where its caller hangs up: each change is a task of its own.
+//! What a handler starts goes on where its caller hangs up: each change is a task of its own. One that must not be made then
+//! looks at its [`Asker`] before it is.
 
 mod bulk;
 mod checkpoints;
@@ -19,7 +20,7 @@ mod unread;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use tokio::sync::oneshot;
 use tonic::{Code, Extensions, Request, Status};
@@ -55,6 +56,24 @@ fn caller(extensions: &Extensions) -> Result<Caller, Status> {
 /// The spec that a request makes, or the field that is wrong.
 fn spec<W, S: TryFrom<W, Error = Invalid>>(wire: W) -> Result<S, Refusal> {
     Ok(S::try_from(wire)?)
+}
+
+/// Whether whoever made a call still waits for its answer, for a change that is made for nobody else.
+#[derive(Debug)]
+pub struct Asker(Weak<()>);
+
+impl Asker {
+    /// It waits for as long as the first of the two is kept, which is the handler's.
+    fn waiting() -> (Arc<()>, Self) {
+        let waits = Arc::new(());
+        let asker = Self(Arc::downgrade(&waits));
+        (waits, asker)
+    }
+
+    /// Whether it has hung up, or has waited for as long as it wanted to.
+    pub fn is_gone(&self) -> bool {
+        self.0.strong_count() == 0
+    }
 }
 
 /// Runs a change to its end, also where its caller hangs up meanwhile.
@@ -120,13 +139,39 @@ fn say(
     Ok(entry)
 }
 
+/// What a call is to do, for the audit line of what became of it.
+#[derive(Debug)]
+struct Asked {
+    action: &'static str,
+    resource: String,
+    request_id: Option<String>,
+}
+
+impl Asked {
+    /// `action` on `resource`, as the caller names it.
+    fn new(action: &'static str, resource: impl Into<String>) -> Self {
+        Self { action, resource: resource.into(), request_id: None }
+    }
+
+    /// The same, by a request that may have an id.
+    fn by_request(self, request_id: &str) -> Self {
+        Self { request_id: Some(request_id.to_owned()), ..self }
+    }
+}
+
 /// One line for what the caller made of its authority.
-fn audit<T>(caller: &Caller, action: &str, resource: &str, done: &Result<T, Refusal>) {
+fn audit<T>(caller: &Caller, asked: &Asked, done: &Result<T, Refusal>) {
+    audit_stating(caller, asked, "", done);
+}
+
+/// The same, with what the caller answers for.
+fn audit_stating<T>(caller: &Caller, asked: &Asked, statement: &str, done: &Result<T, Refusal>) {
     let result = match done {
         Ok(_) => AuditResult::Succeeded,
         Err(refusal) => AuditResult::Failed { reason: refusal.reason().as_reason() },
     };
-    audit::record(caller, action, resource, result);
+    let Asked { action, resource, request_id } = asked;
+    audit::record(caller, action, resource, request_id.as_deref(), statement, result);
 }
 
 /// The message of a request with its caller.

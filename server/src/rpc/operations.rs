@@ -11,7 +11,7 @@ use vfio_checkpoint_proto::ids::OperationName;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::operation_service_server::OperationService;
 
-use super::{Refusal, audit, entry, messages, open, own_entry, page, spec};
+use super::{Asked, Refusal, audit, entry, messages, open, own_entry, page, spec};
 use crate::core::Core;
 use crate::operation::{Cancel, Entry, Operations};
 
@@ -75,7 +75,7 @@ impl OperationService for OperationsService {
                 .map_err(|refused| Refusal::Operation { operation: name, refused })?;
             Ok::<_, Refusal>(entry)
         })();
-        audit(&caller, "CancelOperation", &wire.name, &cancelled);
+        audit(&caller, &Asked::new("CancelOperation", &wire.name), &cancelled);
         Ok(Response::new(v1::CancelOperationResponse { operation: Some(messages::operation(&*cancelled?)) }))
     }
 

@@ -232,6 +232,7 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
         }
         Refusal::Blocked(_) => (Code::FailedPrecondition, ErrorReason::Blocked),
         Refusal::Operation { refused: Refused::NotReady, .. } => (Code::Unavailable, ErrorReason::NotReady),
+        Refusal::Operation { refused: Refused::CallerGone, .. } => (Code::Cancelled, ErrorReason::CallerGone),
         Refusal::Operation { refused, .. } => (
             Code::FailedPrecondition,
             match refused {
@@ -248,6 +249,7 @@ fn classify(refusal: &Refusal) -> (Code, ErrorReason) {
                 Refused::NotAskedFor => ErrorReason::NotAskedFor,
                 Refused::NotPrepared { .. } => ErrorReason::NotPrepared,
                 Refused::NotReady => ErrorReason::NotReady,
+                Refused::CallerGone => ErrorReason::CallerGone,
                 Refused::StaleEpoch => ErrorReason::StaleEpoch,
                 Refused::NotInDoubt { .. } => ErrorReason::NotInDoubt,
                 Refused::Unresolvable(_) => ErrorReason::Unresolvable,

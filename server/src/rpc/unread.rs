@@ -6,7 +6,8 @@
 //!                   '-- ErrorInfo -'<--------------------------------'
 //! ```
 //! tonic answers these itself, with a code and a sentence and no details. A client looks at reasons, so this layer adds
-//! the one that the code stands for.
+//! the one that the code stands for. Where messages of a stream are refused after it was opened, `bulk` does the same for
+//! the end of the answer, which no layer sees.
 //!
 //! # Invariants
 //! - A status that has details is left alone, and so is one of another package: health and reflection are not ours.
@@ -67,17 +68,29 @@ where
     fn call(&mut self, request: Request<A>) -> Self::Future {
         let is_ours = request.uri().path().starts_with(OURS);
         let answer = self.inner.call(request);
-        if is_ours { Either::Left(answer.map(|answer| answer.map(explained))) } else { Either::Right(answer) }
+        if is_ours { Either::Left(answer.map(|answer| answer.map(answered))) } else { Either::Right(answer) }
     }
 }
 
 /// The same response; with a reason, where it is a status without.
-fn explained<B: Default>(response: Response<B>) -> Response<B> {
-    let Some(status) = Status::from_header_map(response.headers()) else { return response };
-    let Some(reason) = reason(status.code()).filter(|_| status.details().is_empty()) else { return response };
+fn answered<B: Default>(response: Response<B>) -> Response<B> {
+    match Status::from_header_map(response.headers()) {
+        Some(status) if missing(&status).is_some() => explained(status).into_http(),
+        Some(_) | None => response,
+    }
+}
+
+/// The reason that a status should have and has not.
+fn missing(status: &Status) -> Option<ErrorReason> {
+    reason(status.code()).filter(|_| status.details().is_empty())
+}
+
+/// The same status; with a reason, where it has no details and its code stands for one.
+pub(super) fn explained(status: Status) -> Status {
+    let Some(reason) = missing(&status) else { return status };
     let details = error_info(reason, HashMap::new());
     let metadata = status.metadata().clone();
-    Status::with_error_details_and_metadata(status.code(), status.message(), details, metadata).into_http()
+    Status::with_error_details_and_metadata(status.code(), status.message(), details, metadata)
 }
 
 /// What tonic and the codec mean by a code. The others are not theirs.

@@ -32,7 +32,7 @@ use futures_util::future::BoxFuture;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -162,11 +162,11 @@ impl Listener {
         Arc::clone(&self.counters)
     }
 
-    /// Starts to accept, on this tokio runtime, until the stream is dropped.
-    pub fn incoming(self) -> Incoming {
+    /// The connections, and what accepts them: a task for its owner to run. It ends, with all handshakes, once the
+    /// connections are dropped.
+    pub fn incoming(self) -> (Incoming, impl Future<Output = ()> + Send + use<>) {
         let (ready, connections) = mpsc::channel(HANDOVER_DEPTH);
-        tokio::spawn(accept_all(self, ready));
-        Incoming { connections }
+        (Incoming { connections }, accept_all(self, ready))
     }
 }
 
@@ -188,6 +188,7 @@ async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
     let Listener { door, source, registry, limits, counters } = listener;
     let log = Arc::new(LogGate::default());
     let mut pending: VecDeque<AbortHandle> = VecDeque::new();
+    let mut handshakes = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             biased;
@@ -202,6 +203,7 @@ async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
                 continue;
             }
         };
+        while handshakes.try_join_next().is_some() {}
         pending.retain(|handshake| !handshake.is_finished());
         while pending.len() >= limits.max_handshakes.max(1) {
             let Some(oldest) = pending.pop_front() else { break };
@@ -213,7 +215,7 @@ async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
         }
         let (source, registry, ready) = (source.clone(), registry.clone(), ready.clone());
         let (counters, log) = (Arc::clone(&counters), Arc::clone(&log));
-        let task = tokio::spawn(async move {
+        let task = handshakes.spawn(async move {
             match handshake(stream, address, &source, &registry, limits.handshake_timeout).await {
                 Ok(connection) => {
                     counters.accepted.fetch_add(1, Ordering::Relaxed);
@@ -233,11 +235,9 @@ async fn accept_all(listener: Listener, ready: mpsc::Sender<TlsConnection>) {
                 }
             }
         });
-        pending.push_back(task.abort_handle());
+        pending.push_back(task);
     }
-    for handshake in pending {
-        handshake.abort();
-    }
+    handshakes.shutdown().await;
 }
 
 async fn handshake(

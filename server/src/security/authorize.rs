@@ -13,6 +13,7 @@
 
 use std::collections::HashMap;
 use std::future::{Ready, ready};
+use std::net::SocketAddr;
 use std::task::{Context, Poll};
 use std::time::SystemTime;
 
@@ -37,6 +38,8 @@ pub struct Caller {
     pub roles: RoleSet,
     /// Names its key.
     pub public_key_hash: PublicKeyHash,
+    /// Where it calls from.
+    pub address: SocketAddr,
 }
 
 /// Puts the gate before a service.
@@ -98,9 +101,10 @@ fn gate(peer: Option<&PeerInfo>, path: &str, policy: &PolicyHandle) -> Result<Ca
         identity: peer.certificate.identity.clone(),
         roles: policy.current().roles_of(&peer.certificate.identity),
         public_key_hash: peer.certificate.public_key_hash,
+        address: peer.address,
     });
     let line = |result| {
-        let (caller, address) = (caller.as_ref(), peer.map(|peer| peer.address));
+        let (caller, address) = (caller.as_ref(), caller.as_ref().map(|caller| caller.address));
         let time = SystemTime::now();
         AuditLine { time, caller, address, what: path, resource: None, result, request_id: None }.emit();
     };

@@ -86,7 +86,7 @@ pub const METHODS: &[MethodRule] = &[
     rule("/vfio.checkpoint.v1.MigrationService/Prepare", AnyOf(&[Peer]), Mutates),
     rule("/vfio.checkpoint.v1.MigrationService/CommitHandover", AnyOf(&[Peer]), Mutates),
     rule("/vfio.checkpoint.v1.MigrationService/AbandonHandover", AnyOf(&[Peer]), Mutates),
-    // What it changes, that the record may be forgotten, takes the secret of whoever prepared.
+    // What it changes, that the record may be forgotten, takes the proof of whoever prepared.
     rule("/vfio.checkpoint.v1.MigrationService/GetHandover", AnyOf(&[Migrator, Peer, Admin]), Reads),
     rule("/vfio.checkpoint.v1.OperationService/GetOperation", READERS, Reads),
     rule("/vfio.checkpoint.v1.OperationService/ListOperations", READERS, Reads),

@@ -154,6 +154,8 @@ struct Inner {
     limits: PeerLimits,
     table: Mutex<Table>,
     changed: Arc<Notify>,
+    /// Told whenever a connection is over.
+    left: watch::Sender<()>,
 }
 
 impl Drop for Inner {
@@ -177,16 +179,21 @@ impl fmt::Debug for PeerRegistry {
 }
 
 impl PeerRegistry {
-    /// Makes a registry and starts the task that enforces it. The task ends with the last clone and the last
-    /// guard. Called on a tokio runtime.
-    pub fn start(source: TlsSource, limits: PeerLimits) -> Self {
+    /// Makes a registry, and what enforces it: a task for its owner to run. It ends with the last clone and the last guard,
+    /// and may be ended before.
+    pub fn new(source: TlsSource, limits: PeerLimits) -> (Self, impl Future<Output = ()> + Send + use<>) {
         let changed = Arc::new(Notify::new());
         let mut generations = source.generations();
         let (clock, environment) = (Arc::clone(source.clock()), source.environment().clone());
-        let registry =
-            Self(Arc::new(Inner { source, limits, table: Mutex::default(), changed: Arc::clone(&changed) }));
+        let registry = Self(Arc::new(Inner {
+            source,
+            limits,
+            table: Mutex::default(),
+            changed: Arc::clone(&changed),
+            left: watch::Sender::new(()),
+        }));
         let weak = Arc::downgrade(&registry.0);
-        tokio::spawn(async move {
+        let enforcing = async move {
             loop {
                 let deadline = match next_deadline(&weak) {
                     NextDeadline::At(time) => Some(time),
@@ -209,8 +216,15 @@ impl PeerRegistry {
                     changed.notify_one();
                 }
             }
-        });
-        registry
+        };
+        (registry, enforcing)
+    }
+
+    /// Ready while no connection is live.
+    pub async fn all_left(&self) {
+        let mut left = self.0.left.subscribe();
+        // The sender is in the registry.
+        while !self.is_empty() && left.changed().await.is_ok() {}
     }
 
     /// How many connections are live.
@@ -377,5 +391,6 @@ impl ConnectionGuard {
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.registry.table().entries.remove(&self.id);
+        self.registry.0.left.send_replace(());
     }
 }

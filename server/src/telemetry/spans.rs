@@ -22,11 +22,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<S> for Pa
     fn on_new_span(&self, _attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let span = context.span(id).unwrap();
         let path: Vec<&str> = span.scope().from_root().map(|span| span.name()).collect();
-        let mut paths = self.0.lock().unwrap();
-        let path = path.join("/");
-        if paths.last() != Some(&path) {
-            paths.push(path);
-        }
+        self.0.lock().unwrap().push(path.join("/"));
     }
 }
 
@@ -50,10 +46,11 @@ impl StateSink for Nowhere {
     }
 }
 
-#[tokio::test]
-async fn an_arc_is_in_its_phase_and_that_in_its_operation() {
+/// The spans of a save of a device with so much memory.
+async fn spans_of_save(memory_bytes: u64) -> Vec<String> {
     let executor = Inline::new(1);
-    let sim = SimDevice::new(SimConfig::default(), executor.time()).unwrap();
+    let config = SimConfig { memory_bytes, ..SimConfig::default() };
+    let sim = SimDevice::new(config, executor.time()).unwrap();
     let driver = Driver::new(Box::new(sim.open().unwrap()));
     let lane = DeviceLane::new(driver, Arc::new(executor), DEFAULT_CALL_LIMIT).unwrap();
     let terms = SaveTerms {
@@ -71,9 +68,20 @@ async fn an_arc_is_in_its_phase_and_that_in_its_operation() {
         .instrument(tracing::info_span!("operation"))
         .await
         .unwrap();
-    let paths = paths.0.lock().unwrap();
+    paths.0.lock().unwrap().clone()
+}
+
+#[tokio::test]
+async fn an_arc_is_in_its_phase_and_that_in_its_operation() {
+    let paths = spans_of_save(1 << 20).await;
     assert_eq!(paths.first().map(String::as_str), Some("operation"));
     assert!(paths.contains(&"operation/phase/arc".to_owned()), "{paths:?}");
     let strays: Vec<&String> = paths.iter().filter(|path| !path.starts_with("operation")).collect();
     assert!(strays.is_empty(), "{strays:?}");
+}
+
+/// They are kept whatever is logged, so that none may be of a chunk.
+#[tokio::test]
+async fn more_state_is_no_more_spans() {
+    assert_eq!(spans_of_save(1 << 20).await, spans_of_save(32 << 20).await);
 }

@@ -53,6 +53,10 @@ const ACK_INTERVAL_BYTES: u64 = 1 << 20;
 /// between two chunks on a line that is busy.
 const ACK_DELAY: Duration = Duration::from_millis(5);
 
+/// A peer that takes state and has nothing to say speaks three times in this time, or in that which it has agreed to, where it
+/// is shorter. With less patience than this a peer that is well would be given up.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// The open stream of an operation.
 #[derive(Debug)]
 pub struct Attached {
@@ -139,8 +143,13 @@ impl Attached {
         // Before the answer: whoever has that may come back.
         let reserved = entry.reserve(Opener { stream, identity: self.opener.clone() });
         let (link, terms) = self.agree(config, Half::Takes, stream, manifest).await;
-        let comeback =
-            Comeback::new(reserved, opened, core.environment.clone(), config.server.stream_resume_window);
+        let comeback = Comeback::new(
+            reserved,
+            opened,
+            core.environment.clone(),
+            core.tasks.clone(),
+            config.server.stream_resume_window,
+        );
         WireSource::resumable(Taker::new(link, terms), Arc::clone(entry), comeback)
     }
 }
@@ -177,10 +186,11 @@ fn answer(
     StreamOpened { version, stream_id, manifest, limits, next_sequence: 0 }
 }
 
-/// What a peer allows is its word. How long this agent waits for it, while devices may stand still, is this agent's own.
+/// What a peer allows is its word. How long this agent waits for it, while devices may stand still, is this agent's own, but
+/// for what a peer that is well may need to be heard: it does not know how patient this agent is.
 fn within(config: &AgentConfig, theirs: StreamLimits) -> StreamLimits {
     StreamLimits {
-        idle_timeout: theirs.idle_timeout.min(config.server.stream_idle_timeout),
+        idle_timeout: theirs.idle_timeout.min(config.server.stream_idle_timeout.max(PATIENCE)),
         lifetime: theirs.lifetime.min(config.server.stream_lifetime),
         ..theirs
     }
@@ -296,5 +306,10 @@ mod tests {
         assert_eq!(within(&config, longest), own);
         let shortest = limits(Duration::from_millis(1), Duration::from_millis(2));
         assert_eq!(within(&config, shortest), shortest);
+        // Whatever its own is, it waits for as long as a peer that is well may be silent.
+        let mut hasty = config;
+        hasty.server.stream_idle_timeout = Duration::from_millis(1);
+        assert_eq!(within(&hasty, longest).idle_timeout, PATIENCE);
+        assert_eq!(within(&hasty, shortest), shortest);
     }
 }

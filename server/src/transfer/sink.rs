@@ -11,7 +11,7 @@
 //!
 //! With a giver that is `resumable` a connection that breaks is no more to the operation than a taker that is slow: what is
 //! given goes into the giver's spool while it dials. Only what it cannot mend is told as broken. But no device is stopped
-//! meanwhile, so the operation is told that the line is down where it asks.
+//! meanwhile, unless a caller says Cutover during pre-copy, so the operation is told that the line is down where it asks.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,6 +26,7 @@ use vfio_checkpoint_proto::domain::Progress;
 use vfio_checkpoint_seal::Seal;
 
 use super::{Shared, capture_to_wire};
+use crate::core::Core;
 use crate::environment::Environment;
 use crate::failpoint::reached;
 use crate::operation::Entry;
@@ -64,7 +65,7 @@ impl WireSink {
     pub fn new(
         giver: Giver,
         entry: Arc<Entry>,
-        environment: &Environment,
+        core: &Core,
         idle_timeout: Duration,
         seal_timeout: Duration,
     ) -> Self {
@@ -77,11 +78,11 @@ impl WireSink {
         let pump = Pump {
             giver,
             entry: Arc::clone(&entry),
-            environment: environment.clone(),
+            environment: core.environment.clone(),
             seal_timeout,
             silence: (idle_timeout / 3).max(Duration::from_millis(10)),
         };
-        tokio::spawn(pump.run(queue, ending, tell));
+        core.tasks.spawn(pump.run(queue, ending, tell));
         Self { commands, give_up, entry, watch, given_bytes: 0 }
     }
 

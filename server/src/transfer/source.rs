@@ -13,6 +13,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,7 @@ use vfio_checkpoint_proto::frame::Accepted;
 
 use super::relink::{self, Completed};
 use super::{Attached, capture_from_wire};
+use crate::core::Tasks;
 use crate::environment::Environment;
 use crate::failpoint::reached;
 use crate::operation::{Entry, Reserved};
@@ -47,6 +49,7 @@ pub(super) struct Comeback {
     /// What it was told at first.
     opened: StreamOpened,
     environment: Environment,
+    tasks: Tasks,
     window: Duration,
 }
 
@@ -55,9 +58,10 @@ impl Comeback {
         reserved: Reserved,
         opened: StreamOpened,
         environment: Environment,
+        tasks: Tasks,
         window: Duration,
     ) -> Self {
-        Self { reserved, opened, environment, window }
+        Self { reserved, opened, environment, tasks, window }
     }
 
     /// Goes on with another connection of the stream. One that is gone before it was answered changes nothing, and false
@@ -79,7 +83,7 @@ impl Comeback {
         let late = self.reserved.complete(completed);
         let (environment, forgetting) = (self.environment.clone(), self.reserved.forgetting());
         let patience = self.opened.limits.idle_timeout.saturating_add(self.window);
-        tokio::spawn(async move {
+        self.tasks.spawn(async move {
             environment.sleep(patience).await;
             forgetting.forget();
         });
@@ -161,6 +165,22 @@ impl WireSource {
         }
     }
 
+    /// Keeps the stream while a device is at work on what was taken: says that this side is there, also to a giver that comes
+    /// back. Nothing is taken meanwhile, so what is wrong with a connection is found after it. Never over. Cancel-safe.
+    async fn keep(&mut self) -> Infallible {
+        loop {
+            let attached = tokio::select! {
+                biased;
+                attached = relinked(self.comeback.as_ref()) => attached,
+                never = self.taker.busy() => match never {},
+            };
+            if let Err(error) = self.go_on(attached).await {
+                tracing::debug!(error = %error, "a giver came back, and cannot go on");
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Tells the giver that all is taken, once.
     async fn complete(&mut self) -> Result<(), BoxError> {
         if self.is_complete {
@@ -206,6 +226,10 @@ impl StateSource for WireSource {
                 Some(Accepted::Progress(_)) => continue,
             });
         }
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        self.keep()
     }
 
     /// A hold may outlast the stream, and goes on without it: the giver is done.

@@ -17,6 +17,7 @@ use vfio_checkpoint_server::security::lab::{LabCa, Validity};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const SAVER: &str = "spiffe://logs.test/saver/test";
+const REQUEST_ID: &str = "7b0e9f6c-0f0d-4f5e-9a55-0d8b6d1c2a11";
 
 /// Killed with the test that fails.
 struct Agent(Child);
@@ -48,6 +49,7 @@ async fn work(client: &Client) -> String {
     let save = v1::StartSaveRequest {
         devices: vec!["devices/nic0".to_owned()],
         memory_capture: v1::MemoryCapture::None.into(),
+        request_id: REQUEST_ID.to_owned(),
         ..Default::default()
     };
     let name = client.start_save(save.clone()).await.unwrap().operation.unwrap().name;
@@ -57,7 +59,11 @@ async fn work(client: &Client) -> String {
     let ended = client.wait_operation(&name, PATIENCE).await.unwrap().operation.unwrap();
     assert_eq!(ended.result(), v1::OperationResult::Succeeded, "{ended:?}");
     // A caller's text is no way to a line of its own.
-    let forged = v1::StartSaveRequest { devices: vec!["x\n{\"level\":\"INFO\"}\n\"".to_owned()], ..save };
+    let forged = v1::StartSaveRequest {
+        devices: vec!["x\n{\"level\":\"INFO\"}\n\"".to_owned()],
+        request_id: "x\n".to_owned(),
+        ..save
+    };
     client.start_save(forged).await.unwrap_err();
     client.reset_device(v1::ResetDeviceRequest::default()).await.unwrap_err();
     name
@@ -136,32 +142,38 @@ fn each_line_of_a_log_for_programs_is_one_document_with_its_fields() {
     // What a decision of authority is asked for.
     let audit = with("audit");
     assert!(audit.iter().all(|line| text(line, "/target") == "audit" && text(line, "/fields/who") == SAVER));
-    for field in [
-        "time_unix_ms",
-        "who",
-        "key",
-        "roles",
-        "address",
-        "what",
-        "resource",
-        "result",
-        "reason",
-        "request_id",
-    ] {
-        assert!(
-            audit.iter().all(|line| line["fields"].get(field).is_some()),
-            "{field} is missing: {audit:#?}"
-        );
+    for line in &audit {
+        for field in ["who", "key", "roles", "what", "result"] {
+            assert!(!text(line, &format!("/fields/{field}")).is_empty(), "{field} is missing: {line}");
+        }
+        assert!(line.pointer("/fields/time_unix_ms").is_some_and(Value::is_number), "{line}");
+        // There is one connection, and each line is about a call on it.
+        let from: SocketAddr = text(line, "/fields/address").parse().unwrap();
+        assert!(from.ip().is_loopback() && from != address, "{line}");
+        assert_eq!(text(line, "/fields/address"), text(audit[0], "/fields/address"));
+        // What a line cannot say it says nothing of.
+        let fields = line["fields"].as_object().unwrap();
+        assert!(fields.values().all(|value| value.as_str() != Some("")), "{line}");
     }
     let of = |what: &str, result: &str| -> Vec<&&Value> {
         let is =
             |line: &&&Value| (text(line, "/fields/what"), text(line, "/fields/result")) == (what, result);
         audit.iter().filter(is).collect()
     };
-    assert_eq!(of("StartSave", "succeeded").len(), 1, "{audit:#?}");
+    let saved = of("StartSave", "succeeded");
+    let [saved] = saved.as_slice() else { panic!("{audit:#?}") };
+    assert_eq!(
+        (text(saved, "/fields/request_id"), text(saved, "/fields/resource")),
+        (REQUEST_ID, "devices/nic0")
+    );
+    assert_eq!(saved["fields"].get("reason"), None, "{saved}");
+    let streamed = of("StreamState", "succeeded");
+    assert_eq!(text(streamed[0], "/fields/resource"), name);
+    assert_eq!(streamed[0]["fields"].get("request_id"), None, "it has none");
     let failed = of("StartSave", "failed");
     assert_eq!(text(failed[0], "/fields/reason"), "INVALID_FIELD", "{audit:#?}");
     assert!(text(failed[0], "/fields/resource").starts_with("x\\n"), "{audit:#?}");
+    assert_eq!(text(failed[0], "/fields/request_id"), "x\\n", "{audit:#?}");
     let denied = of("/vfio.checkpoint.v1.DeviceService/ResetDevice", "denied");
     assert_eq!(text(denied[0], "/fields/reason"), "ROLE_REQUIRED", "{audit:#?}");
     assert_eq!(with("ending").len(), 1, "the last lines are there, too");

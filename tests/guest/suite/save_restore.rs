@@ -109,24 +109,42 @@ impl StateSource for Memory {
     }
 }
 
+/// A lane of a test, which goes on only once the device is closed: the next one may open it.
+#[derive(Debug)]
+pub(crate) struct TestLane(Option<DeviceLane>);
+
+impl Drop for TestLane {
+    fn drop(&mut self) {
+        if let Some(lane) = self.0.take() {
+            let closing = lane.closing();
+            drop(lane);
+            pollster::block_on(closing.closed());
+        }
+    }
+}
+
+fn all(lanes: &[TestLane]) -> Vec<DeviceLane> {
+    lanes.iter().filter_map(|lane| lane.0.clone()).collect()
+}
+
 /// A whole save, with nobody to answer to.
 pub(crate) fn save(
-    lanes: &[DeviceLane],
+    lanes: &[TestLane],
     request: SaveRequest,
     policy: PrecopyPolicy,
     sink: &mut impl StateSink,
 ) -> Result<SaveReport, OperationError> {
     let terms = SaveTerms::automatic(request.pre_copy, request.after, policy);
-    pollster::block_on(operation::save(lanes, terms, &Alone, sink))
+    pollster::block_on(operation::save(&all(lanes), terms, &Alone, sink))
 }
 
 /// A whole restore, with nobody to answer to.
 pub(crate) fn restore(
-    lanes: &[DeviceLane],
+    lanes: &[TestLane],
     source: &mut impl StateSource,
 ) -> Result<RestoreReport, OperationError> {
     let terms = RestoreTerms::run(Duration::from_secs(5));
-    pollster::block_on(operation::restore(lanes, terms, &Alone, source))
+    pollster::block_on(operation::restore(&all(lanes), terms, &Alone, source))
 }
 
 /// A driver of a duplicate of a device; the device itself stays with the test, to look at its registers.
@@ -137,8 +155,9 @@ pub(crate) fn driver(device: &KernelDevice) -> Driver {
 }
 
 /// The same, on a lane of its own.
-pub(crate) fn lane(device: &KernelDevice) -> DeviceLane {
-    DeviceLane::new(driver(device), Arc::new(Threads::new()), DEFAULT_CALL_LIMIT).expect("a lane")
+pub(crate) fn lane(device: &KernelDevice) -> TestLane {
+    let lane = DeviceLane::new(driver(device), Arc::new(Threads::new()), DEFAULT_CALL_LIMIT);
+    TestLane(Some(lane.expect("a lane")))
 }
 
 pub(crate) fn request(pre_copy: bool) -> SaveRequest {
@@ -193,12 +212,11 @@ fn same_bytes(facts: &Facts) {
         memory.blobs.remove(0)
     });
     assert_eq!(blobs[0], blobs[1]);
-    let mut driver = lane(&device);
-    let state = driver_state(&mut driver);
-    assert_eq!(state, State::Running);
+    assert_eq!(driver_state(&lane(&device)), State::Running);
 }
 
-fn driver_state(lane: &mut DeviceLane) -> State {
+fn driver_state(lane: &TestLane) -> State {
+    let lane = lane.0.as_ref().expect("a lane until it is dropped");
     let state = lane.call(vfio_checkpoint_device::Call::GetState, Driver::state);
     state.expect("a lane that answers").expect("a state")
 }

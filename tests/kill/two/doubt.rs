@@ -9,8 +9,14 @@
 //!                                                                                    told once more to run what it has
 //!
 //!   source: the decision is being written --stopped--> the answer comes in --released--> what was decided is done
+//!   source: its own device does not answer --Resolve--> answered all the same, and soon
+//!   source: whoever has called Resolve hangs up, and then the destination is not reached -> nothing is decided
 //! ```
 
+use std::time::Duration;
+
+use rustix::process::Signal;
+use serde_json::Value;
 use tokio::task::JoinHandle;
 use tonic::Code;
 use vfio_checkpoint_client::call::{CallError, Client};
@@ -380,4 +386,83 @@ async fn a_source_lets_go_as_was_decided_although_it_is_refused_meanwhile() {
     );
     assert_eq!(pair.nodes[home].contents(&client).await, [Content::Fresh]);
     figure("1 source that was refused while it was decided that it lets go: it let go");
+}
+
+/// Who decides is answered well before a client gives up: a decision that is taken after that would be taken behind the back
+/// of whoever has turned to something else by then.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(10);
+
+/// The device of the source stands still, as one with a firmware that hangs does.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_admin_is_answered_although_the_device_of_the_source_is_not_heard() {
+    let mut pair = Pair::new(1, true).await;
+    // While it stands still nobody can tell what is in it.
+    pair.kept_since = None;
+    let job = Move::new(false);
+    let operation = pair.left_in_doubt(&job).await;
+    let (home, away) = (pair.home, pair.away());
+    pair.nodes[away].kill_holder();
+    pair.nodes[away].kill_device(0);
+    let client = pair.nodes[home].client().await;
+    pair.nodes[home].signal_device(0, Signal::STOP);
+    let request = v1::ResolveRequest {
+        peer_is_fenced: true,
+        statement: "its power is off".to_owned(),
+        ..resolve(&operation, v1::Resolution::ResumeHere)
+    };
+    for validate_only in [true, false] {
+        let asked = client.resolve(v1::ResolveRequest { validate_only, ..request.clone() });
+        let answer = tokio::time::timeout(ANSWERED_WITHIN, asked).await.expect("it is answered").unwrap();
+        let [found] = &answer.source_devices[..] else { panic!("one device: {answer:?}") };
+        assert_eq!(
+            (found.state(), found.copy()),
+            (v1::MigrationState::Unspecified, v1::SourceCopy::Unknown),
+            "{answer:?}"
+        );
+        assert_eq!(answer.refused, "");
+    }
+    pair.nodes[home].signal_device(0, Signal::CONT);
+    let ended = done(&client, &operation.name).await.unwrap();
+    assert_eq!(ended.failure.as_ref().unwrap().reason, "RESOLVED", "{ended:?}");
+    assert_eq!(pair.nodes[home].contents(&client).await, [Content::Own]);
+    figure("1 source in doubt whose device stood still: its admin was answered, and it runs on");
+}
+
+/// Waits for an audit line of this; with its result, and the reason where there is one.
+fn audited(what: &'static str) -> impl FnMut(&str) -> Option<String> {
+    move |line| {
+        let line: Value = serde_json::from_str(line).ok()?;
+        let fields = &line["fields"];
+        let is_it = fields["message"] == "audit" && fields["what"] == what;
+        let (result, reason) = (fields["result"].as_str()?, fields["reason"].as_str()?);
+        is_it.then(|| format!("{result} {reason}"))
+    }
+}
+
+/// They are told by then that it failed, and what they do next nobody knows: take the fence off, for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_decided_for_who_has_hung_up() {
+    let mut pair = Pair::new(1, true).await;
+    let job = Move::new(false);
+    let operation = pair.left_in_doubt(&job).await;
+    let (home, away) = (pair.home, pair.away());
+    // Who is called takes the connection and says nothing, until it has taken too long.
+    pair.relays[away].lead(Way::Silent);
+    let client = pair.nodes[home].client().await;
+    let request = v1::ResolveRequest {
+        peer_is_fenced: true,
+        statement: "its power is off".to_owned(),
+        ..resolve(&operation, v1::Resolution::ResumeHere)
+    };
+    let deciding = tokio::spawn(async move { client.resolve(request).await });
+    let (called, ended) = ("/vfio.checkpoint.v1.MigrationService/Resolve", "Resolve");
+    pair.nodes[home].agent().wait_for("that Resolve has come", audited(called)).await;
+    deciding.abort();
+    let told = pair.nodes[home].agent().wait_for("how Resolve ended", audited(ended)).await;
+    assert_eq!(told, "failed CALLER_GONE");
+    pair.waits_in_doubt(&pair.recorded(&pair.nodes[home].client().await, &job).await.unwrap()).await;
+    pair.start(away).await;
+    let over = pair.settle(&job, After::Moves).await.unwrap();
+    assert_eq!(over.handover.unwrap().resolution, "");
+    figure("1 admin who hung up before it was decided: nothing was, and the destination's answer ended it");
 }

@@ -244,8 +244,8 @@ impl Pair {
             Victim::Destination => &[away],
             Victim::Both => &[home, away],
         };
-        // The end of an arrival is put on record once more, when its source has said that it is settled: that of the
-        // migration before must not be taken for this one's.
+        // The end of both sides is put on record once more, when it is settled: that of the migration before must not be taken
+        // for this one's.
         let is_end = point.ends_with("commit of ENDED");
         // A state is several chunks: the second is in the middle.
         let first = if is_end { "read back" } else { point };

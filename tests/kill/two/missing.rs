@@ -1,10 +1,11 @@
-//! A device that is not there when its agent is back: it cannot be taken over yet, or is not configured any more. Whatever
-//! the holder keeps of it stays as it was, and nothing of it runs by mistake later.
+//! A device that is not there when its agent is back: it cannot be taken over yet, is not configured any more, or its process
+//! has died. Whatever the holder keeps of it stays as it was, and nothing of it runs by mistake later.
 //!
 //! ```text
 //!   source, COMMITTING      the destination runs it; found again: quarantined, and good for nothing but a reset
 //!   destination, RUNNING    BROKEN: nobody can say that it does not run, so the source resumes only past a statement
 //!   destination, HELD       REFUSED: it was never told to run, and stays quarantined until somebody resets it
+//!   half of a set is dead   destination, RUNNING: LOST; REVERTING: REFUSED; the other half is reset, and is somebody new
 //! ```
 
 use rustix::process::Signal;
@@ -12,13 +13,15 @@ use tonic::Code;
 use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_proto::v1;
 
+use super::relay::Way;
 use super::settle::After;
-use super::{Move, Pair, becomes};
+use super::{Move, NAMES, Pair, becomes};
 use crate::faulty::Faulty;
 use crate::figure;
 use crate::here::{RETRY, begin};
 use crate::job::done;
 use crate::lab::PATIENCE;
+use crate::world::{Content, MEMORY};
 
 impl Pair {
     /// Begins a migration, and kills one side where it comes to a step.
@@ -29,6 +32,19 @@ impl Pair {
         self.kill(side);
         driving.abort();
         let _ = driving.await;
+    }
+
+    /// Has an admin let go of the devices of a migration in doubt.
+    async fn lets_go(&self, client: &Client, operation: &str) -> v1::Operation {
+        let let_go = v1::ResolveRequest {
+            operation: operation.to_owned(),
+            resolution: v1::Resolution::LetGo.into(),
+            accept_loss: true,
+            statement: "what is there is enough".to_owned(),
+            ..Default::default()
+        };
+        assert_eq!(client.resolve(let_go).await.unwrap().refused, "");
+        done(client, operation).await.unwrap()
     }
 
     /// The migration, once its source knows how it ended.
@@ -137,6 +153,71 @@ async fn what_was_handed_over_and_hangs_in_its_reset_stays_quarantined() {
     figure("1 device that was handed over and hung in its reset: it stays quarantined");
 }
 
+/// A source that was in doubt, and was let go of, hangs in its reset. Somebody may have had its device run before. Its
+/// destination, which waits for its commit, is within reach again.
+async fn hangs_let_go_of(is_moved: bool) -> (Pair, Move, v1::Operation) {
+    let mut pair = Pair::configured(1, true, &["limits.device_call_timeout = \"2s\""]).await;
+    // What was let go of is lost.
+    pair.kept_since = None;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.dies(&job, home, "after commit of COMMITTING").await;
+    pair.relays[away].lead(Way::Nowhere);
+    pair.relays[away].cut();
+    if is_moved {
+        pair.watch.moves(&format!("{}/0", NAMES[home]), "RUNNING");
+    }
+    pair.start(home).await;
+    let operation = pair.in_doubt(&job, "cannot be asked").await;
+    pair.nodes[home].signal_device(0, Signal::STOP);
+    let ended = pair.lets_go(&pair.nodes[home].client().await, &operation.name).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::StateLost, "{ended:?}");
+    pair.lead(away);
+    (pair, job, ended)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_run_at_the_source_is_not_run_at_its_destination() {
+    let (mut pair, job, ended) = hangs_let_go_of(true).await;
+    let (home, away) = (pair.home, pair.away());
+    let there = pair.nodes[away].client().await;
+    let arrival = ended.handover.unwrap().peer_operation;
+    let settled = pair.nodes[home].agent().wait_for("that it says farewell", |line| {
+        line.contains("the destination is not told to run").then_some(())
+    });
+    tokio::select! {
+        () = settled => {}
+        ran = done(&there, &arrival) => {
+            pair.watch.check(&pair.own, None);
+            panic!("its destination was told: {ran:?}");
+        }
+    }
+    let get = v1::GetOperationRequest { name: arrival.clone() };
+    let waits = there.get_operation(get).await.unwrap().operation.unwrap();
+    assert_eq!(waits.phase(), v1::OperationPhase::Prepared, "{waits:?}");
+    pair.watch.check(&pair.own, None);
+
+    // Sooner than its deadline.
+    there.cancel_operation(v1::CancelOperationRequest { name: arrival }).await.unwrap();
+    pair.kill(home);
+    pair.nodes[home].signal_device(0, Signal::CONT);
+    pair.start(home).await;
+    is_good_for_a_reset_only(&pair.nodes[home].client().await, v1::MigrationState::Running).await;
+    pair.settle(&job, After::Lost).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 device that was moved, let go of, and hung in its reset: its destination did not run it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stood_still_at_the_source_is_run_at_its_destination() {
+    let (pair, _, ended) = hangs_let_go_of(false).await;
+    let there = pair.nodes[pair.away()].client().await;
+    let arrival = done(&there, &ended.handover.unwrap().peer_operation).await.unwrap();
+    assert_eq!(arrival.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Committed, "{arrival:?}");
+    assert_eq!(pair.nodes[pair.away()].contents(&there).await, [Content::Own]);
+    pair.watch.check(&pair.own, None);
+    figure("1 device that was let go of, and hung in its reset as it stood still: its destination ran it");
+}
+
 /// An arrival whose device may run is not told as lost because nobody looks at it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
@@ -163,17 +244,11 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
     pair.nodes[away].restore_config(&config);
     pair.start(away).await;
     pair.watch.check(&pair.own, pair.kept_since);
-    let let_go = v1::ResolveRequest {
-        operation: name.clone(),
-        resolution: v1::Resolution::LetGo.into(),
-        accept_loss: true,
-        statement: "the destination's device runs".to_owned(),
-        ..Default::default()
-    };
-    assert_eq!(client.resolve(let_go).await.unwrap().refused, "");
-    done(&client, &name).await.unwrap();
+    pair.lets_go(&client, &name).await;
     let looking = pair.nodes[away].client().await;
     let device = pair.nodes[away].devices(&looking).await.remove(0);
+    let runs = device.logical_device.clone().unwrap();
+    assert_eq!((runs.id, runs.epoch), (pair.lives[0].id.clone(), pair.lives[0].epoch + 1));
     assert_eq!(
         (device.standing(), device.state()),
         (v1::DeviceStanding::Quarantined, v1::MigrationState::Running),
@@ -183,12 +258,35 @@ async fn an_arrival_whose_device_is_not_configured_any_more_is_broken() {
     figure("1 arrival whose device was not configured any more: BROKEN, and resumed by no word alone");
 }
 
-/// A device of a set does not start, and the agent dies before it has told anybody.
+/// An arrival that waited for its commit is told as refused although nobody looks at its device: what is in it does not run, by
+/// no way.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_arrival_that_waited_and_whose_device_is_not_configured_any_more_is_refused() {
+    let mut pair = Pair::new(1, true).await;
+    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
+    pair.dies(&job, away, "after commit of HELD").await;
+    let config = pair.nodes[away].without_devices();
+    pair.start(away).await;
+    let ended = pair.over(&pair.nodes[home].client().await, &job).await;
+    assert_eq!(ended.outcome(), v1::StateOutcome::Preserved, "{ended:?}");
+    pair.kill(away);
+    pair.nodes[away].restore_config(&config);
+    pair.start(away).await;
+    pair.watch.check(&pair.own, pair.kept_since);
+    is_good_for_a_reset_only(&pair.nodes[away].client().await, v1::MigrationState::Resuming).await;
+    pair.settle(&job, After::Stays).await;
+    pair.moves(&Move::new(false)).await;
+    figure("1 arrival that waited and whose device was not configured any more: REFUSED, and quarantined");
+}
+
+/// A device of a set does not start, and the agent dies before it has told anybody. The source is let go of: what runs there
+/// goes on, and is what it was.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     let mut pair = Pair::new(2, true).await;
-    let (home, away, job) = (pair.home, pair.away(), Move::new(false));
-    pair.watch.refuse(&format!("{}/1", super::NAMES[away]), "RUNNING");
+    let (home, away, job, lives) = (pair.home, pair.away(), Move::new(false), pair.lives.clone());
+    let mut saved = pair.nodes[home].save(&pair.nodes[home].client().await).await.manifest;
+    pair.watch.refuse(&format!("{}/1", NAMES[away]), "RUNNING");
     // Once more than without a quarantine: the step stays, and the devices' records change.
     pair.nodes[away].arm("after commit of RUNNING", 2).await;
     let driving = pair.driven(&job).await;
@@ -206,5 +304,57 @@ async fn a_set_that_partly_runs_is_broken_also_after_a_crash() {
     assert_eq!(operation.handover.as_ref().unwrap().verdict(), v1::HandoverVerdict::Broken, "{operation:?}");
     assert!(operation.handover.as_ref().unwrap().in_doubt, "{operation:?}");
     pair.watch.check(&pair.own, pair.kept_since);
+
+    pair.lets_go(&client, &name).await;
+    let there = pair.nodes[away].client().await;
+    let reset = |name: &str, mode: v1::ResetMode| v1::ResetDeviceRequest {
+        name: name.to_owned(),
+        mode: mode.into(),
+        ..Default::default()
+    };
+    there.reset_device(reset("devices/nic0", v1::ResetMode::KeepState)).await.unwrap();
+    there.reset_device(reset("devices/nic1", v1::ResetMode::DiscardState)).await.unwrap();
+    let runs = pair.nodes[away].devices(&there).await.swap_remove(0).logical_device.unwrap();
+    assert_eq!((runs.id, runs.epoch), (lives[0].id.clone(), lives[0].epoch + 1));
+    assert_eq!(pair.watch.carries(&format!("{}/0", NAMES[away])), pair.own[0]);
+    saved.devices.truncate(1);
+    saved.source_disposition = v1::SourceDisposition::StaysStopped.into();
+    let restore = v1::RestoreRequest {
+        devices: vec!["devices/nic1".to_owned()],
+        manifest: Some(saved),
+        validate_only: true,
+        ..Default::default()
+    };
+    let blockers = there.restore(restore).await.unwrap().blockers;
+    let reasons: Vec<_> = blockers.iter().map(v1::Blocker::reason).collect();
+    assert_eq!(reasons, [v1::BlockerReason::SourceStillRunning], "{blockers:?}");
+    pair.watch.check(&pair.own, None);
     figure("1 set of which a part ran, killed before it was told: BROKEN");
+}
+
+/// One of the two device processes of a destination dies with its agent. The other device is reset: what was on record to run
+/// in it is not there, and is not told to be.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_kept_of_a_set_that_arrived_is_somebody_new() {
+    for (point, after) in
+        [("after commit of RUNNING", After::Resolved), ("after commit of REVERTING", After::Stays)]
+    {
+        let mut pair = Pair::new(2, true).await;
+        let (away, job, lives) = (pair.away(), Move::new(false), pair.lives.clone());
+        if after == After::Stays {
+            pair.watch.refuse(&format!("{}/1", NAMES[away]), "RUNNING_P2P");
+        }
+        pair.dies(&job, away, point).await;
+        pair.nodes[away].kill_device(1);
+        // Another process in its place, before the agent looks.
+        pair.nodes[away].start_device(1, &format!("sim:seed=2,{MEMORY}")).await;
+        pair.start(away).await;
+        pair.settle(&job, after).await;
+        let there = pair.nodes[away].client().await;
+        for (device, life) in pair.nodes[away].devices(&there).await.into_iter().zip(lives) {
+            assert_ne!(device.logical_device.as_ref().unwrap().id, life.id, "{point}: {device:?}");
+        }
+        pair.moves(&Move::new(false)).await;
+    }
+    figure("2 arrivals of which half died with the agent: the other half was reset, and is somebody new");
 }

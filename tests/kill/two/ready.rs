@@ -8,6 +8,7 @@
 
 use std::sync::Arc;
 
+use vfio_checkpoint_proto::proof::Proven as _;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::journal::Journal;
@@ -62,9 +63,10 @@ async fn what_nobody_said_ready_of_does_not_run_after_a_kill() {
     let commit = v1::CommitHandoverRequest {
         operation: arrival,
         epochs: handover.epochs.iter().map(|epoch| epoch.0).collect(),
-        secret: bytes::Bytes::copy_from_slice(&handover.secret.unwrap().0),
+        ..Default::default()
     };
-    let told = as_source.commit_handover(commit).await.unwrap().handover.unwrap();
+    let told =
+        as_source.commit_handover(commit.proven(&handover.secret.unwrap())).await.unwrap().handover.unwrap();
     assert_eq!(told.verdict(), v1::HandoverVerdict::Refused, "{}", pair.log());
 
     pair.start(home).await;

@@ -58,8 +58,9 @@ fn a_device_that_is_watched() {
     let told = OpenOptions::new().append(true).create(true).open(env::var_os(TOLD).unwrap()).unwrap();
     let inner = Box::new(slot.open().unwrap());
     let name = env::var(NAME).unwrap();
-    let refusal = refusal(Path::new(&env::var_os(TOLD).unwrap()), &name);
-    let mut device = Watched { inner, slot, name, told, refusal };
+    let file = PathBuf::from(env::var_os(TOLD).unwrap());
+    let (refusal, moves) = (refusal(&file, &name), moves(&file, &name));
+    let mut device = Watched { inner, slot, name, told, refusal, moves };
     device.say("is");
     let (_file, listener) = SocketFile::bind(socket.as_ref()).unwrap();
     let options = ServerOptions { function, ..ServerOptions::default() };
@@ -75,6 +76,7 @@ struct Watched {
     name: String,
     told: File,
     refusal: PathBuf,
+    moves: PathBuf,
 }
 
 impl Watched {
@@ -93,6 +95,11 @@ fn refusal(told: &Path, device: &str) -> PathBuf {
     told.with_extension(format!("{}.refuses", device.replace('/', "-")))
 }
 
+/// Where it stands where somebody moves a device, who is not its agent.
+fn moves(told: &Path, device: &str) -> PathBuf {
+    told.with_extension(format!("{}.moves", device.replace('/', "-")))
+}
+
 impl MigrationDevice for Watched {
     fn identity(&self) -> &Identity {
         self.inner.identity()
@@ -107,6 +114,11 @@ impl MigrationDevice for Watched {
     }
 
     fn state(&mut self) -> Result<State, DeviceError> {
+        if let Ok(wanted) = fs::read_to_string(&self.moves) {
+            fs::remove_file(&self.moves).unwrap();
+            let wanted = State::ALL.into_iter().find(|known| known.to_string() == wanted).unwrap();
+            drop(self.set_state(wanted)?);
+        }
         self.inner.state()
     }
 
@@ -180,6 +192,11 @@ impl Watch {
     /// A device refuses its next SET to this state, and stays where it is.
     pub(crate) fn refuse(&self, device: &str, state: &str) {
         fs::write(refusal(&self.0, device), state).unwrap();
+    }
+
+    /// Somebody who is not its agent moves a device to this state, before it is asked for its state next.
+    pub(crate) fn moves(&self, device: &str, state: &str) {
+        fs::write(moves(&self.0, device), state).unwrap();
     }
 
     /// What a device carries now.

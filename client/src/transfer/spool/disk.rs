@@ -4,6 +4,8 @@
 //!   0 ...... first record ====== next ...... capacity        records are in one piece each
 //!   0 === next ...... first record ====== (unused) capacity  the next one begins at 0 where it would not fit
 //! ```
+//! The capacity is what was asked for, or as long as the file is and may become, where that is less.
+//!
 //! Invariants: records are freed in the order in which they were placed, and none overlaps one that is not free. Room is
 //! used again, and goes back to the file system when the file is closed. The file grows only while the file system has
 //! [`KEEP_FREE_BYTES`] besides: whoever shares it, a journal for one, must be able to write in an outage, too.
@@ -41,6 +43,7 @@ pub(super) struct Disk {
     folder: PathBuf,
     file: Arc<File>,
     ring: Ring,
+    capacity_bytes: u64,
     /// How long the file is.
     grown_bytes: u64,
     /// How much longer it may become, as far as is known.
@@ -64,7 +67,8 @@ impl Disk {
         Self {
             folder,
             file: Arc::new(file),
-            ring: Ring::new(capacity_bytes),
+            ring: Ring::default(),
+            capacity_bytes,
             grown_bytes: 0,
             room_bytes: u64::MAX,
             writing: None,
@@ -76,23 +80,20 @@ impl Disk {
     }
 
     pub(super) fn fits(&self, bytes: u64) -> bool {
-        self.ring.next(bytes).is_some_and(|offset| self.growth(offset, bytes) <= self.room_bytes)
+        self.ring.next(bytes, self.end_bytes()).is_some()
     }
 
-    /// How much longer the file becomes by a record.
-    fn growth(&self, offset: u64, bytes: u64) -> u64 {
-        offset.saturating_add(bytes).saturating_sub(self.grown_bytes)
+    /// How far the file may reach.
+    fn end_bytes(&self) -> u64 {
+        self.capacity_bytes.min(self.grown_bytes.saturating_add(self.room_bytes))
     }
 
     /// Makes a place for a message, if there is one.
     pub(super) fn place(&mut self, message: &StreamMessage) -> Option<Record> {
         let Encoded { head, state } = encode(message.clone());
         let bytes = (head.len() + state.len()) as u64;
-        if !self.fits(bytes) {
-            return None;
-        }
-        let record = self.ring.place(bytes)?;
-        let growth = self.growth(record.offset, bytes);
+        let record = self.ring.place(bytes, self.end_bytes())?;
+        let growth = (record.offset + bytes).saturating_sub(self.grown_bytes);
         self.grown_bytes += growth;
         self.room_bytes = self.room_bytes.saturating_sub(growth);
         Some(record)
@@ -173,35 +174,30 @@ fn nameless(folder: &Path) -> io::Result<File> {
 }
 
 /// Which parts of the file are in use.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Ring {
-    capacity_bytes: u64,
     /// In the order in which they were placed.
     records: VecDeque<Record>,
 }
 
 impl Ring {
-    fn new(capacity_bytes: u64) -> Self {
-        Self { capacity_bytes, records: VecDeque::new() }
-    }
-
-    /// Where a record of this length goes, if there is room.
-    fn next(&self, bytes: u64) -> Option<u64> {
+    /// Where a record of this length goes in so many bytes, if there is room. No record reaches further than that.
+    fn next(&self, bytes: u64, capacity_bytes: u64) -> Option<u64> {
         let (Some(first), Some(last)) = (self.records.front(), self.records.back()) else {
-            return (bytes <= self.capacity_bytes).then_some(0);
+            return (bytes <= capacity_bytes).then_some(0);
         };
         let end = last.offset + last.bytes;
         if last.offset < first.offset {
             return (bytes <= first.offset - end).then_some(end);
         }
-        if bytes <= self.capacity_bytes - end {
+        if bytes <= capacity_bytes.saturating_sub(end) {
             return Some(end);
         }
         (bytes <= first.offset).then_some(0)
     }
 
-    fn place(&mut self, bytes: u64) -> Option<Record> {
-        let record = Record { offset: self.next(bytes)?, bytes };
+    fn place(&mut self, bytes: u64, capacity_bytes: u64) -> Option<Record> {
+        let record = Record { offset: self.next(bytes, capacity_bytes)?, bytes };
         self.records.push_back(record);
         Some(record)
     }
@@ -213,8 +209,8 @@ mod tests {
 
     #[test]
     fn a_ring_uses_its_room_again_and_never_twice_at_once() {
-        let mut ring = Ring::new(10);
-        let offset = |ring: &mut Ring, bytes| ring.place(bytes).map(|record| record.offset);
+        let mut ring = Ring::default();
+        let offset = |ring: &mut Ring, bytes| ring.place(bytes, 10).map(|record| record.offset);
         assert_eq!(offset(&mut ring, 11), None);
         assert_eq!([4, 4, 3].map(|bytes| offset(&mut ring, bytes)), [Some(0), Some(4), None]);
         assert_eq!(offset(&mut ring, 2), Some(8));
@@ -228,28 +224,69 @@ mod tests {
         assert_eq!(offset(&mut ring, 10), Some(0));
     }
 
+    /// A message that is so long in the file.
+    fn message(bytes: u64) -> StreamMessage {
+        let abort = |reason: u64| {
+            let reason = "x".repeat(usize::try_from(reason).unwrap());
+            StreamMessage { kind: Some(Kind::Abort(vfio_checkpoint_proto::v1::StreamAbort { reason })) }
+        };
+        let length = |message: &StreamMessage| {
+            let Encoded { head, state } = encode(message.clone());
+            (head.len() + state.len()) as u64
+        };
+        let message = (0..bytes).map(abort).find(|message| length(message) == bytes);
+        message.unwrap_or_else(|| panic!("no message is {bytes} bytes long"))
+    }
+
     #[test]
     fn a_file_does_not_grow_into_what_is_kept_free() {
         let mut disk = Disk::of(PathBuf::new(), tempfile::tempfile().unwrap(), 1000);
         disk.room_bytes = 100;
-        let record = disk.ring.place(60).unwrap();
-        (disk.grown_bytes, disk.room_bytes) = (60, 40);
+        let place = |disk: &mut Disk, bytes| disk.place(&message(bytes)).map(|record| record.offset);
+        assert_eq!(place(&mut disk, 60), Some(0));
         assert!(disk.fits(40) && !disk.fits(41));
+        assert_eq!(place(&mut disk, 41), None);
+        assert_eq!(place(&mut disk, 30), Some(60));
+        assert_eq!(place(&mut disk, 20), None);
+        // Room is used again, also while there are records after it, and though the ring could be longer.
         disk.free_first();
-        assert_eq!(record.offset, 0);
-        assert!(disk.fits(60) && disk.fits(100) && !disk.fits(101), "what it has it may use again");
+        assert!(disk.fits(60) && !disk.fits(61));
+        assert_eq!(place(&mut disk, 20), Some(0));
+        assert_eq!(place(&mut disk, 41), None, "it would be where the last one is");
+        assert_eq!(place(&mut disk, 40), Some(20));
+        for _ in 0..3 {
+            disk.free_first();
+        }
+        assert!(disk.fits(100) && !disk.fits(101), "what it has it may use again");
+    }
+
+    /// Others write to the same file system: after each write it is looked at again what there is.
+    #[tokio::test]
+    async fn what_there_is_is_looked_at_after_each_write() {
+        let file = tempfile::tempfile().unwrap();
+        let known = rustix::fs::fstatvfs(&file).unwrap();
+        let mut disk = Disk::of(PathBuf::new(), file, 1000);
+        let message = message(60);
+        let record = disk.place(&message).unwrap();
+        assert!(disk.room_bytes > u64::MAX / 2, "nobody has looked");
+        disk.write(message, record).await.unwrap();
+        // Whoever else writes here meanwhile does not write as much as is kept free.
+        let free_bytes = known.f_bavail * known.f_frsize;
+        let found = disk.room_bytes;
+        assert!(found <= free_bytes.saturating_sub(KEEP_FREE_BYTES / 2), "{found} of {free_bytes}");
+        assert!(found >= free_bytes.saturating_sub(2 * KEEP_FREE_BYTES), "{found} of {free_bytes}");
     }
 
     #[test]
     fn no_two_records_overlap_whatever_is_placed_and_freed() {
-        let mut ring = Ring::new(1000);
+        let mut ring = Ring::default();
         let mut random = 7_u64;
         let mut placed = 0;
         for _ in 0..20_000 {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             if random >> 63 == 0 {
                 ring.records.pop_front();
-            } else if ring.place(1 + (random >> 33) % 300).is_some() {
+            } else if ring.place(1 + (random >> 33) % 300, 1000).is_some() {
                 placed += 1;
             }
             let mut used: Vec<_> =

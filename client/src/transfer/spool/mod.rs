@@ -119,6 +119,11 @@ impl Spool {
         self.frames.iter().any(|(_, state_bytes)| *state_bytes > 0)
     }
 
+    /// Bytes of state among what is kept.
+    pub(super) fn state_bytes(&self) -> u64 {
+        self.frames.iter().map(|(_, state_bytes)| state_bytes).sum()
+    }
+
     /// Bytes that are kept in memory.
     pub fn in_memory_bytes(&self) -> u64 {
         self.in_memory_bytes

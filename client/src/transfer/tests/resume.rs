@@ -40,7 +40,7 @@ pub(super) fn opened(next_sequence: u64) -> StreamOpened {
 }
 
 /// Two ends of a connection that breaks after so many messages, whichever way they go.
-fn cable(messages: usize) -> (Link, Link) {
+pub(super) fn cable(messages: usize) -> (Link, Link) {
     let (give, mut frames) = Link::outgoing_channel();
     let (take, mut acks) = Link::outgoing_channel();
     let (to_giver, giver_hears) = mpsc::channel(LINK_FRAMES);

@@ -215,7 +215,7 @@ fn what_one_agent_asks_of_another_is_checked_like_all_else() {
     let commit = v1::CommitHandoverRequest {
         operation: "operations/o".into(),
         epochs: vec![4, 5],
-        secret: vec![7; 32].into(),
+        proof: vec![7; 32].into(),
     };
     refusals::<_, CommitHandoverSpec>(
         &commit,
@@ -223,6 +223,7 @@ fn what_one_agent_asks_of_another_is_checked_like_all_else() {
             ("operation", |m| m.operation.clear()),
             ("epochs", |m| m.epochs.clear()),
             ("epochs", |m| m.epochs = vec![1; 65]),
+            ("proof", |m| m.proof.clear()),
         ],
     );
     assert_eq!(CommitHandoverSpec::try_from(commit).unwrap().epochs, [Epoch(4), Epoch(5)]);

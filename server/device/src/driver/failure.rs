@@ -89,6 +89,14 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Whether the device was reset, and is seen to run again with nothing of what it carried.
+    pub fn is_reset(&self) -> bool {
+        self.standing == Standing::InService
+            && self.state == Some(State::Running)
+            && self.outcome == Outcome::StateLost
+            && self.resets() > 0
+    }
+
     /// How many resets were asked for.
     pub fn resets(&self) -> usize {
         self.steps.iter().filter(|step| matches!(step, Step::Reset(_))).count()

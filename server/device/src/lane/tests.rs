@@ -20,7 +20,9 @@ fn what_was_given_up_does_nothing_when_its_call_returns() {
         let slot = SimDevice::new(config, Arc::new(Threads::new())).unwrap();
         let (entered, is_in) = std::sync::mpsc::channel::<()>();
         let (release, until_released) = std::sync::mpsc::channel::<()>();
-        let device = Stuck { inner: Box::new(slot.open().unwrap()), armed: true, entered, until_released };
+        let (told, _) = std::sync::mpsc::channel();
+        let inner = Box::new(slot.open().unwrap());
+        let device = Stuck { inner, armed: true, entered, until_released, _last_word: LastWord(told) };
         let lane =
             DeviceLane::new(Driver::new(Box::new(device)), executor, Duration::from_millis(20)).unwrap();
         let (done, all_done) = std::sync::mpsc::channel::<()>();
@@ -50,6 +52,17 @@ struct Stuck {
     armed: bool,
     entered: std::sync::mpsc::Sender<()>,
     until_released: std::sync::mpsc::Receiver<()>,
+    _last_word: LastWord,
+}
+
+/// Tells on which thread it ends.
+#[derive(Debug)]
+struct LastWord(std::sync::mpsc::Sender<Option<String>>);
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        let _ = self.0.send(std::thread::current().name().map(str::to_owned));
+    }
 }
 
 impl MigrationDevice for Stuck {
@@ -111,4 +124,26 @@ fn only_a_call_that_is_itself_late_condemns_a_device() {
         Err(hung) => assert_eq!(hung, Hung::Died { call: Call::Reset }),
         Ok(()) => panic!("it did not die"),
     };
+}
+
+/// To close a device can reset it, and take its time: not on a thread that has something else to do.
+#[test]
+fn a_device_is_closed_on_its_own_thread_whoever_lets_go_of_it_last() {
+    let slot = SimDevice::new(SimConfig::default(), Arc::new(Threads::new())).unwrap();
+    let name = slot.open().unwrap().identity().name.clone();
+    let (entered, _) = std::sync::mpsc::channel::<()>();
+    let (_, until_released) = std::sync::mpsc::channel::<()>();
+    let (told, closed_on) = std::sync::mpsc::channel();
+    let inner = Box::new(slot.open().unwrap());
+    let device = Stuck { inner, armed: false, entered, until_released, _last_word: LastWord(told) };
+    let driver = Driver::new(Box::new(device));
+    let lane = DeviceLane::new(driver, Arc::new(Threads::new()), DEFAULT_CALL_LIMIT).unwrap();
+    lane.call(Call::GetState, Driver::state).unwrap().unwrap();
+    let (other, closing) = (lane.clone(), lane.closing());
+    drop(lane);
+    assert!(closed_on.try_recv().is_err() && !closing.has_begun(), "somebody has it still");
+    drop(other);
+    pollster::block_on(closing.closed());
+    assert_eq!(closed_on.try_recv(), Ok(Some(name)));
+    assert!(closing.has_begun());
 }

@@ -1,5 +1,6 @@
 //! How an operation ended that did not succeed, and what is gathered for that while it unwinds.
 
+use std::fmt::Display;
 use std::time::Duration;
 
 use vfio_checkpoint_fsm::{Outcome, PlanRefusal, Validity};
@@ -36,7 +37,10 @@ pub enum OperationError {
         /// What became of the state that the devices carried before: lost where it was lost on any of them.
         outcome: Outcome,
         /// The devices that take no more work until somebody decides.
-        quarantined: Vec<Identity>,
+        quarantined: Box<[Identity]>,
+        /// The devices that were seen to be reset, also of those that are quarantined. In a box of its own, for the size of
+        /// this error.
+        reset: Box<Vec<Identity>>,
         /// What the checkpoint is worth that stands all the same, where what was saved is sealed. It may be the only
         /// copy.
         checkpoint: Option<Validity>,
@@ -56,6 +60,16 @@ impl OperationError {
         match self {
             Self::Failed { cause, .. } => matches!(cause, Cause::Cancelled(_)),
             Self::Refused(_) | Self::NotReady { .. } | Self::Inconsistent { .. } => false,
+        }
+    }
+
+    /// All of it in one line, for people, where whoever tells it has better words for the cause of a failure.
+    pub fn in_words(&self, cause: impl Display) -> String {
+        match self {
+            Self::Failed { cause: _, outcome, quarantined, checkpoint, reset: _ } => {
+                format!("{cause}{}", outcome_text(*outcome, quarantined, *checkpoint))
+            }
+            Self::Refused(_) | Self::NotReady { .. } | Self::Inconsistent { .. } => chain(self),
         }
     }
 }
@@ -147,13 +161,15 @@ pub(super) struct Unwound {
     pub(super) cause: Option<Cause>,
     pub(super) outcome: Outcome,
     pub(super) quarantined: Vec<Identity>,
+    pub(super) reset: Vec<Identity>,
     /// What the caller could not record after there was no way back, the first of it.
     pub(super) unrecorded: Option<String>,
 }
 
 impl Unwound {
     pub(super) fn new() -> Self {
-        Self { cause: None, outcome: Outcome::Preserved, quarantined: Vec::new(), unrecorded: None }
+        let (quarantined, reset) = (Vec::new(), Vec::new());
+        Self { cause: None, outcome: Outcome::Preserved, quarantined, reset, unrecorded: None }
     }
 
     /// Keeps the first cause.
@@ -169,6 +185,9 @@ impl Unwound {
     /// Takes in how one device ended.
     pub(super) fn device(&mut self, lane: &DeviceLane, ended: Result<Failure, Hung>) {
         let device = lane.identity();
+        if ended.as_ref().is_ok_and(Failure::is_reset) {
+            self.reset.push(device.clone());
+        }
         let (failure, outcome, standing) = match ended {
             Ok(failure) => (failure.first, failure.outcome, failure.standing),
             // What a call does that did not return is not known, so nothing good can be said of its device.
@@ -196,7 +215,7 @@ impl Unwound {
 
     pub(super) fn into_error(self, checkpoint: Option<Validity>) -> OperationError {
         let cause = self.cause.unwrap_or_else(|| Cause::Other("the operation was given up".into()));
-        let Self { outcome, quarantined, .. } = self;
-        OperationError::Failed { cause, outcome, quarantined, checkpoint }
+        let (outcome, quarantined, reset) = (self.outcome, self.quarantined.into(), Box::new(self.reset));
+        OperationError::Failed { cause, outcome, quarantined, reset, checkpoint }
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! Pre-copy goes on while it makes the stop shorter. It ends when the downtime predicted from what is left, what is under
 //! way to whoever takes it, and the measured rates fits the limit, or when its budget of time is spent; then the caller says whether to stop all the
-//! same or to give up. No device is stopped while nothing goes over to whoever takes its state.
+//! same or to give up. No device is stopped while nothing goes over to whoever takes its state; but a caller who says Cutover
+//! during pre-copy has the last word, because its workload stands still already. Without pre-copy nothing is done before
+//! there is a line, whoever says when.
 
 use std::time::Duration;
 

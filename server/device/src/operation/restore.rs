@@ -1,10 +1,12 @@
 //! A restore of a set, start to end.
 
+mod load;
 mod report;
 
+use std::convert::Infallible;
 use std::pin::pin;
 
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, pending, select};
 use vfio_checkpoint_fsm::{
     Outcome, RestoreCommand, RestoreEvent, RestorePlan, RestoreState, RestoreStep, State,
 };
@@ -12,13 +14,11 @@ use vfio_checkpoint_fsm::{
 use super::error::{Cause, OperationError, Unwound};
 use super::machine::{LostTrack, Machine, begin, drive};
 use super::set::{Noted, Seats};
-use super::state::ArrivalError;
 use super::{
     Arrival, BoxError, Caller, DeviceProgress, OperationStep, Owner, Progress, StateSource, capabilities,
 };
 use crate::driver::{Armed, Driver, FixedUp, Loaded, RestoreSession, Standing};
-use crate::lane::{Hung, Pending};
-use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, VerifiedChunk, VerifiedSeal};
+use crate::{Call, ConfigCapture, DeviceError, DeviceLane, Rearm, VerifiedSeal};
 
 pub use report::{RestoreReport, RestoreTerms};
 
@@ -42,6 +42,7 @@ pub async fn restore<S: StateSource>(
 /// Gives state to a restore, or, where it was given before a crash, only speaks for the devices' owner.
 pub(super) trait Feed: Send {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send;
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send;
     fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send;
     fn ready(&mut self, rearm: &[Option<Rearm>]) -> impl Future<Output = Result<(), BoxError>> + Send;
 }
@@ -49,6 +50,10 @@ pub(super) trait Feed: Send {
 impl<S: StateSource> Feed for S {
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send {
         StateSource::next(self)
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        StateSource::busy(self)
     }
 
     fn held(&mut self) -> impl Future<Output = Result<(), BoxError>> + Send {
@@ -66,6 +71,10 @@ pub(super) struct Fed<'a, O>(pub(super) &'a mut O);
 impl<O: Owner> Feed for Fed<'_, O> {
     async fn next(&mut self) -> Result<Option<Arrival>, BoxError> {
         Ok(None)
+    }
+
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        pending()
     }
 
     async fn held(&mut self) -> Result<(), BoxError> {
@@ -98,9 +107,6 @@ struct Sealed {
     seal: VerifiedSeal,
     config: Option<ConfigCapture>,
 }
-
-/// A chunk on its way into a device.
-type Writing = Pending<(RestoreSession, Result<(), DeviceError>)>;
 
 pub(super) struct RestoreRun<'a, S> {
     pub(super) set: Seats<'a, Hold>,
@@ -225,71 +231,6 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
             self.set.hold(index, Hold::Loading(session));
         }
         Ok(())
-    }
-
-    /// Writes what arrives, fetching and hashing the next chunk while one is being written.
-    async fn load(&mut self) -> Result<(), Noted> {
-        let mut writing: Option<(usize, Writing)> = None;
-        loop {
-            let arrival = match writing.take() {
-                None => self.source.next().await,
-                Some((index, pending)) => {
-                    let written = pin!(pending.finished());
-                    match select(written, pin!(self.source.next())).await {
-                        Either::Left((written, next)) => {
-                            // A write that failed waits for no source that is slow.
-                            written_to(&mut self.set, &mut self.progress, index, written)?;
-                            next.await
-                        }
-                        Either::Right((arrival, written)) => {
-                            written_to(&mut self.set, &mut self.progress, index, written.await)?;
-                            arrival
-                        }
-                    }
-                }
-            };
-            self.tell();
-            match arrival {
-                Ok(Some(Arrival::Chunk { device, chunk })) => {
-                    self.expect(device)?;
-                    writing = Some((device, self.write(device, chunk)?));
-                }
-                Ok(Some(Arrival::Sealed { device, seal, config })) => {
-                    self.expect(device)?;
-                    self.sealed[device] = Some(Sealed { seal, config });
-                }
-                Ok(None) => {
-                    return match self.sealed.iter().position(Option::is_none) {
-                        None => Ok(()),
-                        Some(device) => Err(self.misfit(ArrivalError::Unsealed { device })),
-                    };
-                }
-                Err(error) => return Err(self.set.fail(Cause::Other(error))),
-            }
-        }
-    }
-
-    /// Whether something more may come for a device.
-    fn expect(&mut self, device: usize) -> Result<(), Noted> {
-        match self.sealed.get(device) {
-            Some(None) => Ok(()),
-            Some(Some(_)) => Err(self.misfit(ArrivalError::AfterSeal { device })),
-            None => Err(self.misfit(ArrivalError::NoSuchDevice { device, devices: self.set.len() })),
-        }
-    }
-
-    fn misfit(&mut self, error: ArrivalError) -> Noted {
-        self.set.fail(Cause::Other(error.into()))
-    }
-
-    fn write(&mut self, index: usize, chunk: VerifiedChunk) -> Result<Writing, Noted> {
-        let Hold::Loading(mut session) = self.set.take(index) else {
-            return Err(self.set.fail_device(index, DeviceError::Poisoned));
-        };
-        Ok(self.set.all[index].lane.start(Call::Write, move |_| {
-            let written = session.write(&chunk);
-            (session, written)
-        }))
     }
 
     async fn verify(&mut self) -> Result<(), Noted> {
@@ -487,17 +428,4 @@ impl<'a, S: Feed> RestoreRun<'a, S> {
 async fn is_seen_not_to_run(lane: &DeviceLane) -> bool {
     let seen = lane.start(Call::GetState, Driver::observe).finished().await;
     matches!(seen, Ok(Ok(state)) if state != State::Running)
-}
-
-/// Takes in that a chunk was written, or was not.
-fn written_to(
-    set: &mut Seats<'_, Hold>,
-    progress: &mut [DeviceProgress],
-    index: usize,
-    done: Result<(RestoreSession, Result<(), DeviceError>), Hung>,
-) -> Result<(), Noted> {
-    let (session, written) = set.unless_hung(index, done)?;
-    progress[index].bytes = session.written_bytes();
-    set.hold(index, Hold::Loading(session));
-    written.map_err(|error| set.fail_device(index, error))
 }

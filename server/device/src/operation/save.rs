@@ -7,7 +7,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::future::{Either, select};
-use vfio_checkpoint_fsm::{AfterSave, SaveCommand, SaveEvent, SavePlan, SaveState, SaveStep, State};
+use vfio_checkpoint_fsm::{AfterSave, Cutover, SaveCommand, SaveEvent, SavePlan, SaveState, SaveStep, State};
 
 pub use report::{SaveReport, SaveTerms};
 
@@ -35,6 +35,10 @@ pub async fn save<S: StateSink>(
 ) -> Result<SaveReport, OperationError> {
     let plan = SavePlan::for_devices(&capabilities(lanes).await?, terms.request)?;
     let mut run = SaveRun::new(lanes, plan, terms, caller, sink);
+    if !plan.pre_copy && plan.cutover == Cutover::Auto {
+        // The first step is the stop. A cancel in between is heard at that.
+        select(caller.cancelled(), pin!(run.await_line())).await;
+    }
     let first = begin(caller, &mut run, SaveState::Admitted, SaveEvent::Start);
     run.finish(first).await?;
     Ok(run.report())

@@ -222,7 +222,8 @@ fn interrupted_run(seed: u64) -> (String, u64) {
             None => Err(OperationError::Failed {
                 cause: super::Cause::Interrupted,
                 outcome: Outcome::Preserved,
-                quarantined: Vec::new(),
+                quarantined: Box::default(),
+                reset: Box::default(),
                 checkpoint: None,
             }),
         };

@@ -4,6 +4,7 @@
 //! A call may be dropped before it is done, where the operation is cancelled or its process ends. A sink is then asked
 //! for nothing but [`discard`](StateSink::discard); a source for nothing at all.
 
+use std::convert::Infallible;
 use std::future::Future;
 
 use bytes::Bytes;
@@ -35,7 +36,8 @@ pub trait StateSink: Send {
     }
 
     /// Whether nothing goes through now: what is given is kept on this side until something does again, or the sink fails. No
-    /// device stops for it meanwhile, and how fast it takes what it is given says nothing.
+    /// device stops for it meanwhile, unless its caller says Cutover during pre-copy; and how fast it takes what it is given
+    /// says nothing.
     fn is_down(&self) -> bool {
         false
     }
@@ -93,6 +95,12 @@ pub enum Arrival {
 pub trait StateSource: Send {
     /// What comes next, or `None` once every device's seal has come.
     fn next(&mut self) -> impl Future<Output = Result<Option<Arrival>, BoxError>> + Send;
+
+    /// A device is at work on what came before, and nothing more can be taken until it is done, which may be long: whoever gives
+    /// the state may be told that this side is there. Never over; dropped once the device is done.
+    fn busy(&mut self) -> impl Future<Output = Infallible> + Send {
+        std::future::pending()
+    }
 
     /// Everything is verified and loaded, and stays so until somebody says Resume, which can be long: whoever gives the
     /// state has done its part. The hold begins once this is over, which takes no longer than a hold may last.

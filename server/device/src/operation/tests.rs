@@ -1,6 +1,7 @@
 //! Sets of simulated devices through whole operations, with faults in one of them.
 
 pub(super) mod answers;
+mod busy;
 pub(super) mod crashes;
 pub(super) mod handover;
 mod hold;

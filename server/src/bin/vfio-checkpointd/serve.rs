@@ -8,7 +8,7 @@ use vfio_checkpoint_server::config::{AgentConfig, ConfigError};
 use vfio_checkpoint_server::environment::Environment;
 use vfio_checkpoint_server::security::roles::Policy;
 use vfio_checkpoint_server::serve::{Agent, ServeError, runtime};
-use vfio_checkpoint_server::telemetry;
+use vfio_checkpoint_server::telemetry::{self, AuditLines};
 
 use crate::args::Serve;
 use crate::{ExitStatus, complain};
@@ -21,7 +21,7 @@ pub(crate) fn run(arguments: Serve) -> ExitStatus {
             return ExitStatus::Blocked;
         }
     };
-    if let Err(error) = telemetry::begin(&config.telemetry) {
+    if let Err(error) = telemetry::begin(&config.telemetry, AuditLines::All) {
         complain("serve", &error);
         return ExitStatus::Blocked;
     }

@@ -4,7 +4,7 @@
 //!   outcome     a device carries                          its past
 //!   Preserved   what it carried, after RESUME_HERE newer
 //!   Replaced    what the operation brought
-//!   StateLost   somebody new, where it lost its state
+//!   StateLost   somebody new, where it lost its state; where it may run what the operation brought, that
 //!   Moved       somebody new                              what it carried was handed over, and runs under that epoch
 //! ```
 //! # Invariants
@@ -106,6 +106,26 @@ impl End {
         }
     }
 
+    /// Whether a device may run what the operation brought: it was told to, and could then be neither run for good nor reset.
+    /// Whoever has it run on later runs that.
+    fn may_run(&self, entry: &Entry, device: &OperationDeviceRecord, before: &DeviceRecord) -> bool {
+        if !self.quarantined.contains(&device.device) || self.reset.contains(&device.device) {
+            return false;
+        }
+        match entry.fixed.job {
+            // Also where it is not known here, or not open.
+            JobRecord::Arrive { .. } => {
+                let handover = entry.view().handover;
+                handover.is_some_and(|known| known.record.verdict == Some(VerdictRecord::Broken))
+            }
+            JobRecord::Restore { .. } => {
+                let is_on_record = before.logical == device.logical && before.epoch == device.epoch;
+                entry.is_told_to_run() || is_on_record
+            }
+            JobRecord::Save { .. } | JobRecord::Migrate { .. } => false,
+        }
+    }
+
     /// The record, and all that goes to the journal with it.
     pub(in crate::operation) fn settle(
         mut self,
@@ -142,7 +162,7 @@ impl End {
             at: now,
             result: self.result,
             outcome: self.outcome,
-            failure: self.failure,
+            failure: self.failure.take(),
             consistency: self.consistency,
             moved_bytes: view.devices.iter().map(|live| live.moved_bytes).collect(),
             pre_copy_bytes: view
@@ -164,7 +184,8 @@ impl End {
         for (index, device) in entry.fixed.devices.iter().enumerate() {
             let name = &device.device;
             let is_quarantined = self.quarantined.contains(name);
-            let before = match slot_of(lease, name).and_then(|slot| slot.view().record) {
+            let known = slot_of(lease, name).and_then(|slot| slot.view().record);
+            let before = match known.clone() {
                 Some(before) => before,
                 // It is not configured any more. Where it is again, this is known of it.
                 None if is_quarantined => not_configured(device),
@@ -175,7 +196,13 @@ impl End {
                     (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 EndOutcome::Replaced => (device.logical.clone(), device.epoch),
-                EndOutcome::StateLost if self.lost.as_ref().is_some_and(|lost| !lost.contains(name)) => {
+                EndOutcome::StateLost if self.may_run(entry, device, &before) => {
+                    (device.logical.clone(), device.epoch)
+                }
+                EndOutcome::StateLost
+                    if self.lost.as_ref().is_some_and(|lost| !lost.contains(name))
+                        && !self.reset.contains(name) =>
+                {
                     (before.logical.clone(), Self::epoch_after(entry, index, before.epoch))
                 }
                 // Nothing of what was here lives on, or lives on elsewhere: whatever runs now is somebody new.
@@ -199,7 +226,7 @@ impl End {
                 EndOutcome::StateLost => Self::after_refusal(entry, device, record),
                 EndOutcome::Moved | EndOutcome::Preserved => record,
             };
-            if record != before {
+            if known.as_ref() != Some(&record) {
                 changes.push(Change::Device(name.clone(), record));
             }
         }
@@ -235,6 +262,12 @@ impl OutOfService {
         }
         out
     }
+}
+
+/// The devices that were last seen to stand still: one that hangs since in its reset is not run by that.
+pub(in crate::operation) fn standing_still(lease: &Lease) -> Vec<DeviceName> {
+    let stands = |slot: &&Arc<Slot>| slot.last_seen().is_some_and(|state| !state.is_running());
+    lease.slots().iter().filter(stands).map(|slot| slot.name().clone()).collect()
 }
 
 /// What the journal says of devices is what the registry says.

@@ -107,6 +107,9 @@ pub enum Refused {
         /// Where it is.
         phase: Phase,
     },
+    /// Nobody waits for the answer any more.
+    #[error("whoever asked has hung up, so nothing was decided; look at it, and ask again")]
+    CallerGone,
     /// No evidence.
     #[error("{0}")]
     Unresolvable(Unresolvable),

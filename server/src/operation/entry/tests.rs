@@ -1,5 +1,8 @@
+use vfio_checkpoint_fsm::handover::Verdict;
+use vfio_checkpoint_proto::ids::KeyHash;
+
 use super::*;
-use crate::operation::record::AfterRecord;
+use crate::operation::record::{AfterRecord, EndOutcome, EndResult, VerdictRecord};
 
 fn entry(job: JobRecord) -> Entry {
     let fixed = Fixed {
@@ -99,4 +102,36 @@ fn a_sum_is_as_sure_as_the_least_sure_of_its_parts() {
     assert_eq!(total([Known(1), UpperBound(2)]), UpperBound(3));
     assert_eq!(total([UpperBound(1), Unknown, Known(2)]), Unknown);
     assert_eq!(total([Known(u64::MAX), Known(1)]), Known(u64::MAX));
+}
+
+/// Between the record of an end and what is told of it somebody may ask.
+#[test]
+fn an_arrival_whose_end_is_on_record_is_told_by_its_verdict() {
+    let arrival = entry(JobRecord::Arrive { barrier: false, require_ready: false });
+    let handover = HandoverRecord::new(PeerRecord::Source { key: KeyHash([7; 32]) });
+    arrival.change(|view| view.handover = Some(Handover::new(handover)));
+    arrival.set_on_record(RecordedStep::Running { inconsistent: false });
+    arrival.hand_over(|handover| handover.record.verdict = Some(VerdictRecord::Committed));
+    assert_eq!(arrival.arrival_step(), ArrivalStep::Committing, "it is not durable yet");
+    let end = EndRecord {
+        at: UnixMillis(1),
+        result: EndResult::Succeeded,
+        outcome: EndOutcome::Replaced,
+        failure: None,
+        consistency: None,
+        moved_bytes: Vec::new(),
+        pre_copy_bytes: 0,
+        device_pre_copy_bytes: Vec::new(),
+        downtime: None,
+        predicted_downtime: None,
+        quarantined: Vec::new(),
+        hung: Vec::new(),
+        unavailable: Vec::new(),
+        left_stopped: false,
+        revision: 1,
+    };
+    arrival.set_on_record(RecordedStep::Ended(end.clone()));
+    assert_eq!(arrival.arrival_step(), ArrivalStep::Over(Verdict::Committed));
+    arrival.end(end);
+    assert_eq!(arrival.arrival_step(), ArrivalStep::Over(Verdict::Committed));
 }

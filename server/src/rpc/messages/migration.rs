@@ -1,6 +1,8 @@
 //! Migrations on the wire.
 
+use bytes::Bytes;
 use vfio_checkpoint_fsm::handover::{ArrivalStep, Verdict};
+use vfio_checkpoint_proto::proof::proof;
 use vfio_checkpoint_proto::v1;
 
 use super::device::{migration_state, standing};
@@ -33,7 +35,7 @@ pub(in crate::rpc) fn migration_prediction(started: &MigrationStarted) -> Option
 }
 
 /// What the destination has on record.
-pub(in crate::rpc) fn handover_record(told: &Told) -> v1::HandoverRecord {
+fn handover_record(told: &Told) -> v1::HandoverRecord {
     let (step, found) = match told.step {
         ArrivalStep::Loading => (v1::HandoverStep::Loading, v1::HandoverVerdict::Unspecified),
         ArrivalStep::Prepared => (v1::HandoverStep::Prepared, v1::HandoverVerdict::Unspecified),
@@ -48,6 +50,13 @@ pub(in crate::rpc) fn handover_record(told: &Told) -> v1::HandoverRecord {
         message: told.message.clone(),
         epochs: told.epochs.iter().map(|epoch| epoch.0).collect(),
     }
+}
+
+/// The same for who has asked, with what proves it to the source.
+pub(in crate::rpc) fn proven_record(told: &Told) -> (v1::HandoverRecord, Bytes) {
+    let record = handover_record(told);
+    let proof = told.secret.as_ref().map(|secret| proof(secret, &record).bytes()).unwrap_or_default();
+    (record, proof)
 }
 
 /// What the source itself has of a device.

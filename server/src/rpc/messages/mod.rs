@@ -9,7 +9,7 @@ mod operation;
 pub(super) use checkpoint::checkpoint;
 pub(super) use device::{blocker, data_size, device};
 use migration::verdict;
-pub(super) use migration::{handover_record, migration_blocker, migration_prediction, source_device};
+pub(super) use migration::{migration_blocker, migration_prediction, proven_record, source_device};
 pub(crate) use operation::phase;
 pub(super) use operation::{operation, operation_at, prediction};
 

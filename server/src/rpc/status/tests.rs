@@ -64,6 +64,7 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         ErrorReason::NotAskedFor => Some(refused(Refused::NotAskedFor)),
         ErrorReason::NotPrepared => Some(refused(Refused::NotPrepared { phase: Phase::StopCopy })),
         ErrorReason::NotReady => Some(refused(Refused::NotReady)),
+        ErrorReason::CallerGone => Some(refused(Refused::CallerGone)),
         ErrorReason::StaleEpoch => Some(refused(Refused::StaleEpoch)),
         ErrorReason::NotInDoubt => Some(refused(Refused::NotInDoubt { phase: Phase::Prepared })),
         ErrorReason::Unresolvable => Some(refused(Refused::Unresolvable(Unresolvable::MayRunThere))),
@@ -140,6 +141,7 @@ fn sample(reason: ErrorReason) -> Option<(Refusal, Code)> {
         | ErrorReason::ResetFailed
         | ErrorReason::DirtyTracking => Code::FailedPrecondition,
         ErrorReason::RequestIdReused => Code::AlreadyExists,
+        ErrorReason::CallerGone => Code::Cancelled,
         ErrorReason::JournalFailed
         | ErrorReason::ShuttingDown
         | ErrorReason::StoreUnavailable

@@ -98,7 +98,8 @@ async fn a_peer_is_cut_off_when_its_certificate_expires() {
 #[tokio::test]
 async fn an_end_that_has_passed_before_anybody_looks_is_an_end() {
     let world = World::new();
-    let registry = PeerRegistry::start(world.source.clone(), PeerLimits::default());
+    let (registry, enforcing) = PeerRegistry::new(world.source.clone(), PeerLimits::default());
+    tokio::spawn(enforcing);
     let short = world.ca.issue(&spiffe("/short"), &[], &[], from_to(0, 100)).unwrap();
     world.clock.set(100);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));

@@ -159,11 +159,14 @@ impl World {
     }
 
     async fn listen(&self, limits: AcceptLimits, peers: PeerLimits) -> Door {
-        let registry = PeerRegistry::start(self.source.clone(), peers);
+        let (registry, enforcing) = PeerRegistry::new(self.source.clone(), peers);
+        tokio::spawn(enforcing);
         let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let listener = Listener::new(Box::new(tcp), self.source.clone(), registry.clone(), limits);
         let (address, counters) = (listener.local_addr().unwrap(), listener.counters());
-        Door { address, counters, registry, incoming: listener.incoming() }
+        let (incoming, accepting) = listener.incoming();
+        tokio::spawn(accepting);
+        Door { address, counters, registry, incoming }
     }
 
     async fn open(&self) -> Door {

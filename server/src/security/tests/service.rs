@@ -123,7 +123,11 @@ impl Lines {
             .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap())
             .filter(|line| line["target"] == "audit")
             .map(|line| {
-                let field = |name: &str| line["fields"][name].as_str().unwrap().to_owned();
+                // A field that there is nothing for is not there, and not empty.
+                let field = |name: &str| match line["fields"].get(name) {
+                    Some(value) => value.as_str().filter(|value| !value.is_empty()).unwrap().to_owned(),
+                    None => String::new(),
+                };
                 assert!(line["fields"]["time_unix_ms"].as_u64().unwrap() > 0);
                 ["who", "what", "result", "reason", "roles"].map(field)
             })
@@ -284,9 +288,10 @@ async fn a_handler_writes_what_became_of_it_and_cannot_be_made_to_write_more() {
         identity: certificate.identity,
         roles: [super::super::roles::Role::Saver].into_iter().collect(),
         public_key_hash: certificate.public_key_hash,
+        address: "192.0.2.1:7443".parse().unwrap(),
     };
     let forged = format!("save\n{{\"target\":\"audit\"}}{}", "x".repeat(1000));
-    record(&caller, &forged, "devices/d0", AuditResult::Failed { reason: "DEVICE_LEASED" });
+    record(&caller, &forged, "devices/d0", None, "", AuditResult::Failed { reason: "DEVICE_LEASED" });
     let [line] = &lines.audit()[..] else { panic!("one line: {:?}", lines.audit()) };
     assert_eq!(line[0], "spiffe://lab.example/a");
     assert!(line[1].starts_with("save\\n{") && line[1].len() < 300, "{}", line[1]);

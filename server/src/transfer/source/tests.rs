@@ -14,6 +14,7 @@ use vfio_checkpoint_proto::v1::{StreamAck, StreamMessage};
 use vfio_checkpoint_proto::version::Version;
 
 use super::*;
+use crate::core::Tasks;
 use crate::environment::UnixMillis;
 use crate::operation::record::JobRecord;
 use crate::operation::{Fixed, Opener, Refused};
@@ -108,7 +109,8 @@ fn source(window: Duration) -> (WireSource, Arc<Entry>, Giver, Framer) {
     };
     let entry = Arc::new(Entry::new(fixed, None, UnixMillis(1)).0);
     let (Attached { link, .. }, giver) = connection();
-    let comeback = Comeback::new(entry.reserve(id()), opened(), Environment::production(), window);
+    let comeback =
+        Comeback::new(entry.reserve(id()), opened(), Environment::production(), Tasks::default(), window);
     let taker = Taker::new(link, Terms::of(&opened()));
     let framer = Framer::new(STREAM, 1, &opened().limits);
     (WireSource::resumable(taker, Arc::clone(&entry), comeback), entry, giver, framer)
@@ -214,4 +216,31 @@ async fn that_all_was_taken_is_said_to_whoever_asks_until_it_is_forgotten() {
     assert!(matches!(entry.resume_stream(&stranger, connection().0), Err(Refused::OtherStream)));
     forgetting.forget();
     assert!(matches!(entry.resume_stream(&id(), connection().0), Err(Refused::OtherStream)));
+}
+
+/// A device may be at work on one chunk for long. The giver hears that this side is there, also one that comes back meanwhile,
+/// and what it says is taken after that.
+#[tokio::test]
+async fn a_source_that_waits_for_a_device_is_heard_and_answers_who_comes_back() {
+    let (mut source, entry, mut first, mut framer) = source(Duration::from_mins(1));
+    first.says(chunk(&mut framer)).await;
+    assert!(matches!(source.next().await.unwrap(), Some(Arrival::Chunk { .. })));
+    let (device_is_done, device) = oneshot::channel::<()>();
+    let busy = tokio::spawn(async move {
+        tokio::select! {
+            never = source.busy() => match never {},
+            _ = device => {}
+        }
+        source
+    });
+    let there = Some(Kind::Ack(StreamAck { next_sequence: 1, complete: false }));
+    assert_eq!(first.receive.recv().await.unwrap().kind, there);
+    first.breaks().await;
+    let mut again = comes_back(&entry);
+    assert_eq!(again.opened().await, 1);
+    assert_eq!(again.receive.recv().await.unwrap().kind, there);
+    again.says(chunk(&mut framer)).await;
+    device_is_done.send(()).unwrap();
+    let mut source = busy.await.unwrap();
+    assert!(matches!(source.next().await.unwrap(), Some(Arrival::Chunk { .. })));
 }

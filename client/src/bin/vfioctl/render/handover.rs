@@ -99,8 +99,8 @@ pub(crate) fn in_doubt(operation: &v1::Operation) -> Option<(String, String)> {
     let since = moment(handover.stop_time.as_ref());
     // What the devices here still have, the operation does not say: Resolve does.
     let here = match since {
-        Some(time) => format!("Nothing of their state has run here since {}", seconds(Some(&time))),
-        None => "Nothing of their state runs here".to_owned(),
+        Some(time) => format!("The devices here were stopped at {}", seconds(Some(&time))),
+        None => "The devices here were stopped".to_owned(),
     };
     let mut text = format!("IN DOUBT: {what}. {here}");
     if !handover.doubt.is_empty() {

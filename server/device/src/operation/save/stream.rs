@@ -20,7 +20,8 @@ use crate::{Call, ChunkPool, DataSize, DeviceError};
 const POOL_KEEP: usize = 2 * BATCH_CHUNKS;
 /// First and longest pause when a device has nothing for now; each is twice the one before.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(100));
-/// The longest while something is under way: when it has arrived is a measure of the rate, and may be what is waited for.
+/// How often it is looked at what has arrived: that is a measure of the rate, and may be what is waited for. No device is asked
+/// for it, so whoever takes the state does not decide how often one is.
 const ARRIVING_PAUSE: Duration = Duration::from_millis(10);
 
 impl<S: StateSink> SaveRun<'_, S> {
@@ -49,8 +50,7 @@ impl<S: StateSink> SaveRun<'_, S> {
                 return Ok(self.cut_over(event));
             }
             if has_nothing {
-                let longest = if self.delivery.under_way_bytes() > 0 { ARRIVING_PAUSE } else { PAUSES.1 };
-                if let Some(event) = self.pause(pause.min(longest)).await {
+                if let Some(event) = self.rest(pause, &left).await {
                     return Ok(self.cut_over(event));
                 }
                 pause = (pause * 2).min(PAUSES.1);
@@ -99,6 +99,33 @@ impl<S: StateSink> SaveRun<'_, S> {
         }
     }
 
+    /// Pauses before the devices are read again, and looks meanwhile at what has arrived. Over sooner where that may be the
+    /// end of pre-copy: it is decided on what the devices say then.
+    async fn rest(&mut self, pause: Duration, left: &[Left]) -> Option<SaveEvent> {
+        let end = self.set.now().saturating_add(pause);
+        loop {
+            let whole = end.saturating_sub(self.set.now());
+            let part = if self.delivery.under_way_bytes() > 0 { whole.min(ARRIVING_PAUSE) } else { whole };
+            if let Some(event) = self.pause(part).await {
+                return Some(event);
+            }
+            if part == whole {
+                return None;
+            }
+            self.sample();
+            let elapsed = self.set.elapsed();
+            let may_be_over = match self.plan.cutover {
+                Cutover::Auto => {
+                    self.terms.policy.decide_on(left, &self.delivery, elapsed) != Decision::Continue
+                }
+                Cutover::Manual => elapsed >= self.terms.cutover_limit,
+            };
+            if may_be_over {
+                return None;
+            }
+        }
+    }
+
     /// Waits a little, unless a cutover that is the caller's comes first.
     async fn pause(&mut self, pause: Duration) -> Option<SaveEvent> {
         match self.plan.cutover {
@@ -115,8 +142,21 @@ impl<S: StateSink> SaveRun<'_, S> {
 
     pub(super) async fn await_cutover(&mut self) -> Result<SaveEvent, Noted> {
         match self.cutover_within(self.terms.cutover_limit).await {
-            Some(event) => Ok(event),
+            Some(event) => {
+                self.await_line().await;
+                Ok(event)
+            }
             None => Err(self.no_cutover()),
+        }
+    }
+
+    /// Waits until what is given goes through, before a device stops for it that has run on until now. The sink fails where
+    /// that takes too long, and its caller cancels for it.
+    pub(super) async fn await_line(&mut self) {
+        let mut pause = PAUSES.0;
+        while self.sink.is_down() {
+            self.set.sleep(pause).await;
+            pause = (pause * 2).min(PAUSES.1);
         }
     }
 

@@ -92,7 +92,7 @@ fn save_steps(script: &Script) -> Vec<SaveState> {
 #[track_caller]
 fn cause(end: Option<Result<SaveReport, OperationError>>) -> (Cause, Outcome) {
     match end.unwrap().unwrap_err() {
-        OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
+        OperationError::Failed { cause, outcome, quarantined, checkpoint, .. } => {
             assert_eq!((quarantined.len(), checkpoint), (0, None));
             (cause, outcome)
         }

@@ -79,7 +79,9 @@ fn a_save_is_taken_up_wherever_its_process_died() {
                         match after.poll(taken_up).unwrap() {
                             Ok(end) => end.to_string(),
                             Err(OperationError::Inconsistent { report: None }) => "inconsistent".to_owned(),
-                            Err(OperationError::Failed { outcome, quarantined, checkpoint, cause }) => {
+                            Err(OperationError::Failed {
+                                outcome, quarantined, checkpoint, cause, ..
+                            }) => {
                                 assert_eq!((quarantined.len(), checkpoint), (0, None), "{cause}");
                                 assert_eq!(outcome, Outcome::Preserved);
                                 "undone".to_owned()

@@ -132,7 +132,7 @@ fn steps(script: &Script) -> Vec<SaveState> {
 #[track_caller]
 fn undone<T: std::fmt::Debug>(end: Result<T, OperationError>) -> Cause {
     match end.unwrap_err() {
-        OperationError::Failed { cause, outcome, quarantined, checkpoint } => {
+        OperationError::Failed { cause, outcome, quarantined, checkpoint, .. } => {
             assert_eq!((outcome, quarantined.len(), checkpoint), (Outcome::Preserved, 0, None), "{cause}");
             cause
         }

@@ -2,11 +2,17 @@
 //! predicted.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, pending, ready};
+use vfio_checkpoint_fsm::Cutover;
 
 use super::*;
-use crate::Clock;
-use crate::executor::VirtualTime;
+use crate::executor::{Job, VirtualTime};
+use crate::operation::{self, Caller, OperationStep, Progress, SaveTerms};
 use crate::sim::SizeReport;
+use crate::{Clock, Inline, Lane};
 
 const MS: Duration = Duration::from_millis(1);
 
@@ -69,9 +75,17 @@ impl StateSink for Line {
 
 /// A device, and a sink for it whose line is down for so long.
 fn line(change: fn(&mut SimConfig), down: Range<Duration>) -> (Node, Line) {
-    let inline = crate::Inline::new(7);
+    line_on(Inline::new(7), |inline| Arc::new(inline), change, down)
+}
+
+fn line_on(
+    inline: Inline,
+    executor: impl FnOnce(Inline) -> Arc<dyn Executor>,
+    change: fn(&mut SimConfig),
+    down: Range<Duration>,
+) -> (Node, Line) {
     let time = inline.time();
-    let node = Node::on(Arc::new(inline), Arc::clone(&time), &configs(1, change), &[]);
+    let node = Node::on(executor(inline), Arc::clone(&time), &configs(1, change), &[]);
     let slot = node.slots[0].clone();
     let line = Line {
         memory: Memory::new(1),
@@ -111,6 +125,48 @@ fn no_device_stops_while_the_line_is_down() {
     }
 }
 
+/// Says Cutover from the beginning, and nothing else.
+struct Paused;
+
+impl Caller for Paused {
+    fn cutover(&self) -> BoxFuture<'_, ()> {
+        ready(()).boxed()
+    }
+
+    fn resume(&self) -> BoxFuture<'_, ()> {
+        pending().boxed()
+    }
+
+    fn commit(&self) -> BoxFuture<'_, ()> {
+        pending().boxed()
+    }
+
+    fn cancelled(&self) -> BoxFuture<'_, BoxError> {
+        pending().boxed()
+    }
+
+    fn moved(&self, _step: OperationStep) -> BoxFuture<'_, Result<(), BoxError>> {
+        ready(Ok(())).boxed()
+    }
+
+    fn progress(&self, _progress: &Progress<'_>) {}
+}
+
+/// Without pre-copy a device runs on until there is a line, also where its caller has said Cutover.
+#[test]
+fn a_stop_without_pre_copy_waits_for_the_line() {
+    for cutover in [Cutover::Auto, Cutover::Manual] {
+        let end = Duration::from_secs(5);
+        let (node, mut sink) = line(|_| (), Duration::ZERO..end);
+        let mut terms = SaveTerms::automatic(false, AfterSave::Resume, POLICY);
+        (terms.request.cutover, terms.cutover_limit) = (cutover, end);
+        let saved = pollster::block_on(operation::save(&node.lanes, terms, &Paused, &mut sink));
+        let stopped = sink.stopped.expect("a stop has a rest");
+        assert!((end..end + 200 * MS).contains(&stopped), "{cutover:?}: stopped at {stopped:?}");
+        assert!(saved.unwrap().downtime < Duration::from_secs(1));
+    }
+}
+
 /// Whoever insists on the limit is not kept waiting for a line on which nothing could fit.
 #[test]
 fn a_budget_that_is_spent_while_the_line_is_down_ends_it_where_the_limit_is_to_be_kept() {
@@ -145,8 +201,9 @@ fn what_is_under_way_is_waited_for_and_is_a_part_of_what_is_predicted() {
     let busy: fn(&mut SimConfig) = |config| {
         config.workload = Workload { dirty_bytes_per_second: 1 << 18, working_set_bytes: None };
     };
-    // All of the device takes 300 ms; of the busy one a quarter of what arrives is new again.
-    for (change, fits_at) in [((|_| ()) as fn(&mut SimConfig), 250 * MS), (busy, 340 * MS)] {
+    // All of the device takes 300 ms; of the busy one nearly a quarter of what arrives is new again: what is written twice
+    // between two reads is read once.
+    for (change, fits_at) in [((|_| ()) as fn(&mut SimConfig), 250 * MS), (busy, 330 * MS)] {
         let (node, mut sink) = line(change, Duration::ZERO..Duration::ZERO);
         sink.bytes_per_ms = Some(1000);
         let policy = PrecopyPolicy { downtime_limit: 50 * MS, stop_over_limit: false, ..POLICY };
@@ -176,4 +233,65 @@ fn nothing_is_predicted_before_something_has_arrived() {
     let report = save(&node.lanes, RESUME, POLICY, &mut sink).unwrap();
     assert!(report.downtime <= POLICY.downtime_limit, "{report:?}");
     assert!((300 * MS..330 * MS).contains(&sink.stopped.unwrap()), "{:?}", sink.stopped);
+}
+
+/// Counts what the lanes of an executor are given to do.
+#[derive(Debug)]
+struct Counting {
+    inline: Inline,
+    jobs: Arc<AtomicUsize>,
+}
+
+#[derive(Debug)]
+struct CountingLane {
+    lane: Box<dyn Lane>,
+    jobs: Arc<AtomicUsize>,
+}
+
+impl Lane for CountingLane {
+    fn submit(&self, job: Job) {
+        self.jobs.fetch_add(1, Ordering::Relaxed);
+        self.lane.submit(job);
+    }
+}
+
+impl Clock for Counting {
+    fn now(&self) -> Duration {
+        self.inline.now()
+    }
+}
+
+impl Executor for Counting {
+    fn lane(&self, name: &str) -> std::io::Result<Box<dyn Lane>> {
+        Ok(Box::new(CountingLane { lane: self.inline.lane(name)?, jobs: Arc::clone(&self.jobs) }))
+    }
+
+    fn pause(&self, duration: Duration) {
+        self.inline.pause(duration);
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        self.inline.sleep(duration)
+    }
+
+    fn random(&self) -> u64 {
+        self.inline.random()
+    }
+}
+
+/// A device that has nothing is asked again at a growing pause, however long what it had before takes to arrive: whoever takes
+/// it must not decide how often it is.
+#[test]
+fn a_device_with_nothing_is_not_asked_more_often_because_something_is_under_way() {
+    let jobs = Arc::new(AtomicUsize::new(0));
+    let counting = |inline| -> Arc<dyn Executor> { Arc::new(Counting { inline, jobs: Arc::clone(&jobs) }) };
+    let (node, mut sink) = line_on(Inline::new(7), counting, |_| (), Duration::ZERO..Duration::ZERO);
+    // All of the device takes half a minute.
+    sink.bytes_per_ms = Some(10);
+    let policy = PrecopyPolicy { time_budget: Duration::from_secs(10), stop_over_limit: false, ..POLICY };
+    let (cause, _, _) = failed(save(&node.lanes, RESUME, policy, &mut sink).unwrap_err());
+    assert!(matches!(cause, Cause::Downtime { .. }), "{cause}");
+    // Each time it is read, and asked for its size; at 100 ms it is a hundred times.
+    let jobs = jobs.load(Ordering::Relaxed);
+    assert!((200..300).contains(&jobs), "{jobs}");
 }

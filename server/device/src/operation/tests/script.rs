@@ -59,6 +59,8 @@ struct Run {
     recorded_before: usize,
     crashed: bool,
     cancelled: bool,
+    /// The operation has ended: closing its devices is no place of it.
+    over: bool,
     /// A call of a sink or a source is under way: time stands still.
     busy: bool,
     cutover: bool,
@@ -153,6 +155,9 @@ impl Script {
     fn place(&self) -> bool {
         self.watch.look(self.now());
         let mut run = self.run();
+        if run.over {
+            return false;
+        }
         let here = run.passed == run.at && self.what != What::Nothing;
         run.passed += 1;
         if here {
@@ -191,11 +196,13 @@ impl Script {
 
     /// Polls an operation to its end. `None`: the process died, where it waits for ever.
     pub(crate) fn poll<F: Future>(&self, operation: F) -> Option<F::Output> {
+        self.run().over = false;
         let mut operation = pin!(operation);
         let mut context = Context::from_waker(Waker::noop());
         for turn in 0..1000 {
             self.run().due.clear();
             if let Poll::Ready(end) = operation.as_mut().poll(&mut context) {
+                self.run().over = true;
                 return Some(end);
             }
             if self.run().crashed {

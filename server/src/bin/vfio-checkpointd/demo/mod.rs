@@ -15,7 +15,7 @@ mod report;
 mod story;
 
 use vfio_checkpoint_server::config::{LogFormat, TelemetryConfig};
-use vfio_checkpoint_server::telemetry;
+use vfio_checkpoint_server::telemetry::{self, AuditLines};
 
 use crate::args::Demo;
 use crate::{ExitStatus, complain};
@@ -23,7 +23,7 @@ use report::Audience;
 
 pub(crate) fn run(arguments: &Demo) -> ExitStatus {
     let logs = TelemetryConfig { log: arguments.log.clone(), format: LogFormat::Text };
-    if let Err(error) = telemetry::begin(&logs) {
+    if let Err(error) = telemetry::begin(&logs, AuditLines::Filtered) {
         complain("demo", &error);
         return ExitStatus::Blocked;
     }
