@@ -124,6 +124,10 @@ pub(super) fn each(facts: &Facts) {
         };
         let mismatch = [(BlockerReason::FingerprintMismatch, Some("two-ports"))];
         refused(client.restore(request("two-ports")).await, Code::FailedPrecondition, &mismatch);
+        // It runs on, where it was saved.
+        let fork = v1::RestoreRequest { allow_fork: false, ..request("two-ports") };
+        let expected = [mismatch[0], (BlockerReason::SourceStillRunning, Some("two-ports"))];
+        refused(client.restore(fork).await, Code::FailedPrecondition, &expected);
         let too_large = v1::RestoreRequest { max_bytes: 59, ..request("one-port") };
         let expected = [(BlockerReason::TooLarge, None)];
         refused(client.restore(too_large).await, Code::FailedPrecondition, &expected);
@@ -132,7 +136,7 @@ pub(super) fn each(facts: &Facts) {
     });
     agent.stop();
     assert_eq!([registers(uuids[0], 1), registers(uuids[1], 2)], before);
-    println!("figures: agent: 13 kinds of blockers provoked on real devices, none of which was touched");
+    println!("figures: agent: 14 kinds of blockers provoked on real devices, none of which was touched");
 }
 
 async fn one_by_one(client: &Client, parameters: &Parameters) {

@@ -50,6 +50,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("agent::migrate::killed_container", |facts| migrate::killed(facts, Container)),
     ("agent::migrate::killed_iommufd", |facts| migrate::killed(facts, Iommufd)),
     ("agent::process::save_and_restore", process::save_and_restore),
+    ("agent::process::a_set_of_two_with_the_barrier", process::set_of_two),
     ("agent::process::killed_in_a_save", process::killed_in_a_save),
     ("agent::process::killed_in_a_restore", process::killed_in_a_restore),
 ];

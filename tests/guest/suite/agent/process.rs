@@ -7,7 +7,7 @@ use vfio_checkpoint_proto::v1;
 
 use super::killed::{failed_by_the_restart, killed_while_loading, killed_while_sealing, save};
 use super::lab::{Lab, Program, text};
-use super::transfer::{program, registers};
+use super::transfer::{program, registers, sets_are_saved_and_restored};
 use crate::facts::Facts;
 use crate::kmsg::KernelLog;
 use crate::variant::Parameters;
@@ -47,6 +47,21 @@ pub(super) fn save_and_restore(facts: &Facts) {
     println!(
         "figures: agent: vfio-user: 2 saves and 2 restores of a device in another process, registers equal"
     );
+}
+
+/// The barrier is the agent's, and each process is told by itself.
+pub(super) fn set_of_two(facts: &Facts) {
+    let uuids: Vec<&str> = facts.mtty1.iter().map(String::as_str).collect();
+    let lab = Lab::new();
+    let names = ["a", "b", "c", "d"];
+    let served: Vec<(Program, String)> =
+        names.iter().zip(&uuids).map(|(name, uuid)| serve(&lab, &format!("{name}.sock"), uuid)).collect();
+    let slots: Vec<_> =
+        names.iter().zip(&served).map(|(name, (_, address))| (*name, address.as_str(), None)).collect();
+    sets_are_saved_and_restored(&lab, &slots, &uuids);
+    drop(slots);
+    served.into_iter().for_each(|(process, _)| process.stop());
+    println!("figures: agent: vfio-user: 2 sets of two saved and one restored, with the barrier");
 }
 
 /// The process resets its device when it loses its client, which it does not while a holder keeps the connection.

@@ -3,7 +3,7 @@
 use vfio_checkpoint_device::kernel::KernelPath;
 use vfio_checkpoint_fsm::State::{self, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 
-use super::lab::{Lab, text};
+use super::lab::{Lab, Slot, text};
 use crate::facts::Facts;
 use crate::kmsg::KernelLog;
 use crate::save_restore::open;
@@ -103,14 +103,8 @@ pub(super) fn save_and_restore(facts: &Facts, path: KernelPath) {
     );
 }
 
-/// All devices of a set are quiesced before any stops, and all are out of STOP before any runs.
 pub(super) fn set_of_two(facts: &Facts) {
     let uuids: Vec<&str> = facts.mtty1.iter().map(String::as_str).collect();
-    let before = [program(uuids[0], 1, 51), program(uuids[1], 1, 52)];
-    for uuid in &uuids[2..4] {
-        program(uuid, 1, 99);
-    }
-    let lab = Lab::new();
     // One set over both kinds of path: the barrier is the agent's, not the kernel's.
     let paths = [KernelPath::Container, KernelPath::Iommufd];
     let slots: Vec<_> = ["a", "b", "c", "d"]
@@ -119,7 +113,20 @@ pub(super) fn set_of_two(facts: &Facts) {
         .zip(paths.iter().cycle())
         .map(|((name, uuid), path)| (name, *uuid, Some(*path)))
         .collect();
-    let agent = lab.agent(&slots, "");
+    sets_are_saved_and_restored(&Lab::new(), &slots, &uuids);
+    println!(
+        "figures: agent: 2 sets of two saved and one restored, the barrier seen in the kernel's log both ways"
+    );
+}
+
+/// All devices of a set are quiesced before any stops, and all are out of STOP before any runs: of the first two of these
+/// devices, `a` to `d`, and of the others.
+pub(super) fn sets_are_saved_and_restored(lab: &Lab, slots: &[Slot<'_>], uuids: &[&str]) {
+    let before = [program(uuids[0], 1, 51), program(uuids[1], 1, 52)];
+    for uuid in &uuids[2..4] {
+        program(uuid, 1, 99);
+    }
+    let agent = lab.agent(slots, "");
     let mut log = KernelLog::new();
     let folder = lab.path("checkpoint");
     for mode in ["never", "required"] {
@@ -146,9 +153,6 @@ pub(super) fn set_of_two(facts: &Facts) {
     );
     agent.stop();
     assert_eq!([registers(uuids[2], 1), registers(uuids[3], 1)], before);
-    println!(
-        "figures: agent: 2 sets of two saved and one restored, the barrier seen in the kernel's log both ways"
-    );
 }
 
 /// Every device has made a hop of the first kind before any makes one of the second after it.
