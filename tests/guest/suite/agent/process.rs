@@ -60,7 +60,9 @@ pub(super) fn set_of_two(facts: &Facts) {
         names.iter().zip(&served).map(|(name, (_, address))| (*name, address.as_str(), None)).collect();
     sets_are_saved_and_restored(&lab, &slots, &uuids);
     drop(slots);
-    served.into_iter().for_each(|(process, _)| process.stop());
+    for (process, _) in served {
+        process.stop();
+    }
     println!("figures: agent: vfio-user: 2 sets of two saved and one restored, with the barrier");
 }
 
