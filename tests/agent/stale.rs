@@ -1,9 +1,8 @@
-//! An epoch that is over runs nowhere: neither what comes in it, nor what was let in before it was over.
+//! An epoch that is over runs nowhere: neither what comes in it, nor what was left stopped in it.
 //!
 //! ```text
-//!   comes        the destination had the logical device in a newer epoch  ->  STALE_EPOCH, on the side of the destination
-//!   was let in   a restore is held; what it is of runs on here, and is brought back from a migration in doubt: a newer epoch
-//!                Resume  ->  the restore fails, and its device is reset
+//!   comes      the destination had the logical device in a newer epoch  ->  STALE_EPOCH, on the side of the destination
+//!   stopped    a restore of it into another device is under way, or done  ->  KEEP_STATE is refused
 //! ```
 
 use tonic::Code;
@@ -11,11 +10,9 @@ use vfio_checkpoint_client::call::Client;
 use vfio_checkpoint_fsm::State;
 use vfio_checkpoint_proto::v1;
 
-use crate::flow::{Saved, device, done, give, reached, refused, restore_into, save_of, soon};
+use crate::flow::{Saved, device, done, give, reached, refused, restore_into, save_of};
 use crate::flow::{start_restore, start_save, take, violations};
-use crate::migrations::{manual, prepared, when};
 use crate::pair::Pair;
-use crate::relay::Relay;
 
 /// Saves a device and leaves it stopped.
 async fn stopped(saver: &Client, name: &str) -> Saved {
@@ -77,63 +74,37 @@ async fn what_was_at_the_destination_in_a_newer_epoch_does_not_come_in_an_old_on
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_let_in_before_a_newer_epoch_is_reset_instead_of_run() {
+async fn what_goes_on_in_another_device_is_not_brought_back_where_it_was() {
     let pair = Pair::new(2).await;
-    let (source, _) = pair.migrator().await;
     let admin = pair.lab.client(&pair.source, "admin").await;
     let restorer = pair.lab.client(&pair.source, "restorer").await;
-    let saved = stopped(&pair.lab.client(&pair.source, "saver").await, "n0").await;
-    let lives = device(&source, "n0").await.logical_device.unwrap();
-
+    let saver = pair.lab.client(&pair.source, "saver").await;
+    let keep = v1::ResetDeviceRequest {
+        name: "devices/n0".to_owned(),
+        mode: v1::ResetMode::KeepState.into(),
+        ..Default::default()
+    };
+    let saved = stopped(&saver, "n0").await;
     let hold = v1::RestoreRequest { after: v1::AfterRestore::Hold.into(), ..restore("n1", &saved) };
     let held = start_restore(&restorer, hold).await;
     give(&restorer, &held, &saved).await;
-    let operation = reached(&restorer, &held, v1::OperationPhase::Held).await;
-    let admitted = operation.devices[0].logical_device.clone().unwrap();
-    assert_eq!((&admitted.id, admitted.epoch), (&lives.id, lives.epoch + 1));
+    reached(&restorer, &held, v1::OperationPhase::Held).await;
+    // On its way, it may run there at any moment.
+    let refusal = refused(admin.reset_device(keep.clone()).await, Code::FailedPrecondition, "OUT_OF_SERVICE");
+    assert!(refusal.message.contains(&held), "{refusal}");
+    // Called off, it does not.
+    restorer.cancel_operation(v1::CancelOperationRequest { name: held.clone() }).await.unwrap();
+    done(&restorer, &held).await;
+    assert!(!admin.reset_device(keep.clone()).await.unwrap().state_lost);
+    assert_eq!(pair.here[0].device.state(), State::Running);
 
-    // Somebody has it run on where it was, and brings it back from a migration of which nobody knows how it ended.
-    reset(&admin, "n0", v1::ResetMode::KeepState).await;
-    let relay = Relay::to(&pair.destination, &[]).await;
-    let name = pair
-        .start(|admission, request| {
-            manual(admission, request);
-            admission.devices.truncate(1);
-            admission.logical_devices.truncate(1);
-            request.devices.truncate(1);
-            let target = request.target.as_mut().unwrap();
-            target.devices.truncate(1);
-            target.endpoint = format!("https://localhost:{}", relay.address().port());
-        })
-        .await;
-    prepared(&source, &name).await;
-    relay.admit(0);
-    relay.cut();
-    source.commit(v1::CommitRequest { operation: name.clone() }).await.unwrap();
-    when(&source, &name, |seen| seen.handover.as_ref().is_some_and(|known| known.in_doubt)).await;
-    let resume = v1::ResolveRequest {
-        operation: name.clone(),
-        resolution: v1::Resolution::ResumeHere.into(),
-        peer_is_fenced: true,
-        statement: "its power is off".to_owned(),
-        ..Default::default()
-    };
-    admin.resolve(resume).await.unwrap();
-    soon(done(&source, &name)).await;
-    let runs = device(&source, "n0").await.logical_device.unwrap();
-    assert_eq!((&runs.id, runs.epoch), (&lives.id, admitted.epoch + 1));
-
-    let before = pair.digests().0;
-    restorer.resume(v1::ResumeRequest { operation: held.clone() }).await.unwrap();
-    let ended = soon(done(&restorer, &held)).await;
-    assert_eq!(ended.result(), v1::OperationResult::Failed, "{ended:?}");
-    let message = ended.failure.unwrap().message;
-    assert!(message.contains("is not run in epoch 2"), "{message}");
-    assert_eq!(pair.digests().0[0], before[0]);
-    assert_ne!(pair.digests().0[1], before[0]);
-    assert_eq!((pair.here[1].device.state(), pair.here[1].device.resets()), (State::Running, 1));
-    let hops = pair.here[1].device.hops();
-    assert_eq!(hops.last().unwrap().arc.to(), State::Resuming, "nothing but its reset led on: {hops:?}");
-    assert_ne!(device(&source, "n1").await.logical_device.unwrap().id, lives.id);
+    // There, it runs.
+    let saved = stopped(&saver, "n0").await;
+    let epoch = lives_again(&restorer, "n1", &saved).await;
+    let refusal = refused(admin.reset_device(keep).await, Code::FailedPrecondition, "OUT_OF_SERVICE");
+    assert!(refusal.message.contains(&format!("epoch {epoch}")), "{refusal}");
+    assert_eq!(pair.here[0].device.state(), State::Stop);
+    reset(&admin, "n0", v1::ResetMode::DiscardState).await;
+    assert!(pair.all_run());
     pair.stop().await;
 }

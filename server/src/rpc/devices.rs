@@ -25,7 +25,7 @@ use vfio_checkpoint_proto::v1::device_service_server::DeviceService;
 use super::{Asked, Refusal, audit, messages, open, page, spec, to_its_end};
 use crate::core::Core;
 use crate::journal::{Change, DeviceRecord, RequestAnswer, RequestKey, RequestRecord};
-use crate::operation::hex;
+use crate::operation::{Entry, hex};
 use crate::registry::opening::new_logical;
 use crate::registry::{DeviceView, Slot, Standing};
 use crate::security::authorize::Caller;
@@ -106,6 +106,28 @@ struct Done {
 }
 
 impl Core {
+    /// Where what a device carries went on, or is about to, if it did: nothing runs under an epoch that is over.
+    fn elsewhere(&self, name: &DeviceName, record: &DeviceRecord) -> Option<String> {
+        if record.handed_over {
+            return Some("what it carries was handed over to another agent, where it runs".to_owned());
+        }
+        let comes = |entry: &Arc<Entry>| {
+            let mut devices = entry.fixed.devices.iter();
+            !entry.fixed.job.gives()
+                && devices.any(|device| device.device != *name && device.logical == record.logical)
+        };
+        if let Some(entry) = self.operations.active().into_iter().find(comes) {
+            return Some(format!("{} brings what it carries into another device", entry.fixed.name));
+        }
+        let newest = self.registry.newest_epoch(&record.logical)?;
+        (newest > record.epoch).then(|| {
+            format!(
+                "what it carries, in epoch {}, went on in epoch {newest} of the same logical device",
+                record.epoch
+            )
+        })
+    }
+
     /// Brings a device back, once for each request id.
     async fn reset(&self, spec: ResetSpec, caller: String, digest: [u8; 32]) -> Result<Done, Refusal> {
         let slot = self.registry.get(&spec.name).ok_or_else(|| Refusal::DeviceNotFound(spec.name.clone()))?;
@@ -127,20 +149,26 @@ impl Core {
         let now = self.environment.unix_now();
         // A name of its own, so that nobody else gets the device meanwhile.
         let lease_name = self.operations.new_name(now, &*self.environment.executor);
+        // A restore that is admitted now is looked at below, and one that comes later finds the device leased, which counts as
+        // running.
+        let admitting = self.operations.admit_restore().await;
         let lease = self
             .registry
             .lease(vec![Arc::clone(slot)], &lease_name)
             .map_err(|leased| Refusal::Blocked(leased.into_iter().map(Into::into).collect()))?;
+        drop(admitting);
         slot.read_back().await;
         let view = slot.view();
         let (Some(lane), Some(before)) = (slot.lane(), view.record.clone()) else {
             let problem = view.standing.detail();
             return Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::OutOfService });
         };
-        if before.handed_over && spec.mode == ResetMode::KeepState {
-            let problem = "what it carries was handed over to another agent, where it runs: bringing it back would make a \
-                           second running copy; reset it with DISCARD_STATE"
-                .to_owned();
+        if spec.mode == ResetMode::KeepState
+            && let Some(elsewhere) = self.elsewhere(&spec.name, &before)
+        {
+            let problem = format!(
+                "{elsewhere}: bringing it back here would make a second running copy; reset it with DISCARD_STATE"
+            );
             return Err(Refusal::Device { device: spec.name, problem, reason: ErrorReason::OutOfService });
         }
         if spec.validate_only {
