@@ -211,7 +211,8 @@ impl Agent {
             let incoming = counted(listening, count.clone());
             (tokio::spawn(serve_health(incoming, health, said(stopped))), count)
         });
-        tracing::info!(%address, ?health_address, devices = config.devices.len(), "serving");
+        let shown = health_address.map(tracing::field::display);
+        tracing::info!(%address, health_address = shown, devices = config.devices.len(), "serving");
         Ok(Self {
             core,
             address,

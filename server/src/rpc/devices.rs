@@ -203,17 +203,12 @@ impl Core {
             });
         }
         let record = match &reset {
-            Ok(Outcome::Preserved) => {
-                DeviceRecord { quarantined: false, left_stopped: false, ..before.clone() }
-            }
             // From here on it is known that what lived here runs here no more.
-            Ok(Outcome::StateLost) => {
-                let new = match spec.mode {
-                    ResetMode::DiscardState => before.logical.clone(),
-                    ResetMode::KeepState => new_logical(&self.environment),
-                };
-                DeviceRecord { quarantined: false, left_stopped: false, ..lived.after_discard(new) }
+            Ok(Outcome::StateLost) if spec.mode == ResetMode::KeepState => {
+                in_service(lived.after_discard(new_logical(&self.environment)))
             }
+            Ok(Outcome::StateLost) => in_service(lived.after_discard(before.logical.clone())),
+            Ok(Outcome::Preserved) => in_service(before.clone()),
             Err((_, quarantined)) => {
                 DeviceRecord { quarantined: *quarantined || before.quarantined, ..before.clone() }
             }
@@ -240,6 +235,10 @@ impl Core {
             }
         }
     }
+}
+
+fn in_service(record: DeviceRecord) -> DeviceRecord {
+    DeviceRecord { quarantined: false, left_stopped: false, ..record }
 }
 
 /// Brings a device back on its lane; where that fails, says why, and whether it is quarantined now.

@@ -69,6 +69,10 @@ async fn work(client: &Client) -> String {
     name
 }
 
+fn document(line: &str) -> Value {
+    serde_json::from_str(line).unwrap_or_else(|error| panic!("no document: {error}: {line}"))
+}
+
 fn text<'a>(line: &'a Value, path: &str) -> &'a str {
     line.pointer(path).and_then(Value::as_str).unwrap_or_default()
 }
@@ -83,7 +87,8 @@ fn each_line_of_a_log_for_programs_is_one_document_with_its_fields() {
     let files = files.write(folder.path(), &ca.pem()).unwrap();
     let config = folder.path().join("agent.toml");
     let lines = format!(
-        "node.name = \"node-a\"\nnode.state_dir = {:?}\nserver.listen = \"127.0.0.1:0\"\ntelemetry.format = \"json\"\n\
+        "node.name = \"node-a\"\nnode.state_dir = {:?}\nserver.listen = \"127.0.0.1:0\"\n\
+         server.health_listen = \"127.0.0.1:0\"\ntelemetry.format = \"json\"\n\
          tls.certificate = {:?}\ntls.key = {:?}\ntls.client_ca = {:?}\n\
          [[grants]]\nwho = \"{SAVER}\"\nroles = [\"saver\"]\n\
          [[devices]]\nname = \"nic0\"\naddress = \"sim:seed=1,memory=1MiB\"\n",
@@ -97,10 +102,6 @@ fn each_line_of_a_log_for_programs_is_one_document_with_its_fields() {
     command.arg("serve").arg("--config").arg(&config).stderr(Stdio::piped());
     let mut agent = Agent(command.spawn().unwrap());
     let mut said = BufReader::new(agent.0.stderr.take().unwrap()).lines().map(Result::unwrap);
-    let document = |line: &str| -> Value {
-        serde_json::from_str(line).unwrap_or_else(|error| panic!("no document: {error}: {line}"))
-    };
-
     let mut log = Vec::new();
     let address: SocketAddr = loop {
         let line = document(&said.next().expect("it ended before it served"));
@@ -110,6 +111,10 @@ fn each_line_of_a_log_for_programs_is_one_document_with_its_fields() {
             break text(&log[log.len() - 1], "/fields/address").parse().unwrap();
         }
     };
+    // As a probe asks, which has no certificate.
+    let health = text(&log[log.len() - 1], "/fields/health_address");
+    let probe = super::run(&["healthcheck", "--address", health]);
+    assert_eq!(probe.status.code(), Some(0), "{health}: {}", super::said(&probe));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let name = runtime.block_on(async {
         let client = client(&ca, address).await;
