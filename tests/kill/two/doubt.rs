@@ -434,7 +434,7 @@ fn audited(what: &'static str) -> impl FnMut(&str) -> Option<String> {
         let line: Value = serde_json::from_str(line).ok()?;
         let fields = &line["fields"];
         let is_it = fields["message"] == "audit" && fields["what"] == what;
-        let (result, reason) = (fields["result"].as_str()?, fields["reason"].as_str()?);
+        let (result, reason) = (fields["result"].as_str()?, fields["reason"].as_str().unwrap_or_default());
         is_it.then(|| format!("{result} {reason}"))
     }
 }
