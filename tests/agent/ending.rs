@@ -16,7 +16,7 @@ use vfio_checkpoint_client::transfer::TakeState;
 use vfio_checkpoint_proto::v1;
 use vfio_checkpoint_proto::v1::device_service_client::DeviceServiceClient;
 use vfio_checkpoint_server::security::identity::Identity;
-use vfio_checkpoint_server::security::lab::{LabCertificate, write_file};
+use vfio_checkpoint_server::security::lab::{LabCa, LabCertificate, write_file};
 use vfio_checkpoint_server::security::roles::{Grant, Policy, Role};
 use vfio_checkpoint_server::serve::Agent;
 
@@ -27,6 +27,7 @@ use crate::flow::{
 };
 use crate::lab::{Lab, start, validity};
 
+/// The agent's own certificate is the lab's, whoever issued the client's.
 async fn connect(lab: &Lab, agent: &Agent, issued: &LabCertificate) -> Client {
     let key = issued.key_pem();
     let (certificate, authority) = (issued.certificate_pem.as_bytes(), lab.ca.pem());
@@ -77,6 +78,29 @@ async fn a_revoked_caller_is_cut_off_and_what_it_streams_is_undone() {
     assert!(answer.is_err(), "it does not come back: {answer:?}");
     assert_eq!(device(&admin, "n0").await.state(), v1::MigrationState::Running);
     assert_eq!(save(&saver, &["n0"]).await.digests(), digests, "others go on");
+    agent.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_authority_is_found_without_a_word_and_counts_from_then_on() {
+    let lab = Lab::new();
+    let mut config = lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]);
+    config.tls.reload_interval = Some(Duration::from_millis(20));
+    let authorities = config.tls.client_ca.clone();
+    let agent = start(config).await;
+    let before = lab.client(&agent, "viewer").await;
+    let mut watch = before.watch_devices(v1::WatchDevicesRequest::default()).await.unwrap();
+    soon(watch.next()).await.unwrap().expect("it is there");
+
+    let other = LabCa::new(&"lab.test".parse().unwrap(), validity()).unwrap();
+    write_file(&authorities, other.pem().as_bytes(), 0o644).unwrap();
+    while let Ok(Some(_)) = soon(watch.next()).await {}
+    let answer = soon(before.list_devices(v1::ListDevicesRequest::default())).await;
+    assert!(answer.is_err(), "who was let in by the one before is out: {answer:?}");
+    let identity = Identity::Spiffe("spiffe://lab.test/viewer/new".parse().unwrap());
+    let issued = other.issue(&identity, &[], &[], validity()).unwrap();
+    let after = connect(&lab, &agent, &issued).await;
+    after.list_devices(v1::ListDevicesRequest::default()).await.unwrap();
     agent.stop().await.unwrap();
 }
 

@@ -289,7 +289,7 @@ impl Core {
         }
     }
 
-    /// Has the devices of an arrival run, unless that is decided already. How it ends [`ended`] tells.
+    /// Has the devices of an arrival run, unless that is decided already. How it ends `ended` tells.
     pub fn commit_handover(&self, spec: CommitHandoverSpec, caller: &str) -> Result<Arc<Entry>, Refusal> {
         let entry = self.arrival(&spec.operation, caller, &spec.claim)?;
         let refused = |refused| Refusal::Operation { operation: spec.operation.clone(), refused };

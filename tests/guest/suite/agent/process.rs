@@ -7,7 +7,7 @@ use vfio_checkpoint_proto::v1;
 
 use super::killed::{failed_by_the_restart, killed_while_loading, killed_while_sealing, save};
 use super::lab::{Lab, Program, text};
-use super::transfer::{program, registers, sets_are_saved_and_restored};
+use super::transfer::{program, programmed, registers, sets_are_saved_and_restored};
 use crate::facts::Facts;
 use crate::kmsg::KernelLog;
 use crate::variant::Parameters;
@@ -52,6 +52,8 @@ pub(super) fn save_and_restore(facts: &Facts) {
 /// The barrier is the agent's, and each process is told by itself.
 pub(super) fn set_of_two(facts: &Facts) {
     let uuids: Vec<&str> = facts.mtty1.iter().map(String::as_str).collect();
+    // Before the processes have them.
+    let before = programmed(&uuids);
     let lab = Lab::new();
     let names = ["a", "b", "c", "d"];
     let served: Vec<(Program, String)> =
@@ -63,6 +65,7 @@ pub(super) fn set_of_two(facts: &Facts) {
     for (process, _) in served {
         process.stop();
     }
+    assert_eq!([registers(uuids[2], 1), registers(uuids[3], 1)], before);
     println!("figures: agent: vfio-user: 2 sets of two saved and one restored, with the barrier");
 }
 

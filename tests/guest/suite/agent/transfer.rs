@@ -113,19 +113,25 @@ pub(super) fn set_of_two(facts: &Facts) {
         .zip(paths.iter().cycle())
         .map(|((name, uuid), path)| (name, *uuid, Some(*path)))
         .collect();
+    let before = programmed(&uuids);
     sets_are_saved_and_restored(&Lab::new(), &slots, &uuids);
+    assert_eq!([registers(uuids[2], 1), registers(uuids[3], 1)], before);
     println!(
         "figures: agent: 2 sets of two saved and one restored, the barrier seen in the kernel's log both ways"
     );
 }
 
-/// All devices of a set are quiesced before any stops, and all are out of STOP before any runs: of the first two of these
-/// devices, `a` to `d`, and of the others.
-pub(super) fn sets_are_saved_and_restored(lab: &Lab, slots: &[Slot<'_>], uuids: &[&str]) {
-    let before = [program(uuids[0], 1, 51), program(uuids[1], 1, 52)];
+/// Gives the first two of four devices registers of their own, and the others some that are to go.
+pub(super) fn programmed(uuids: &[&str]) -> [Registers; 2] {
     for uuid in &uuids[2..4] {
         program(uuid, 1, 99);
     }
+    [program(uuids[0], 1, 51), program(uuids[1], 1, 52)]
+}
+
+/// All devices of a set are quiesced before any stops, and all are out of STOP before any runs: of the first two of these
+/// devices, `a` to `d`, and of the others.
+pub(super) fn sets_are_saved_and_restored(lab: &Lab, slots: &[Slot<'_>], uuids: &[&str]) {
     let agent = lab.agent(slots, "");
     let mut log = KernelLog::new();
     let folder = lab.path("checkpoint");
@@ -152,7 +158,6 @@ pub(super) fn sets_are_saved_and_restored(lab: &Lab, slots: &[Slot<'_>], uuids: 
         |from, to| (from, to) == (RunningP2p, Running),
     );
     agent.stop();
-    assert_eq!([registers(uuids[2], 1), registers(uuids[3], 1)], before);
 }
 
 /// Every device has made a hop of the first kind before any makes one of the second after it.
