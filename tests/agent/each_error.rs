@@ -12,23 +12,17 @@ use tonic_prost::ProstCodec;
 use vfio_checkpoint_client::call::Refusal;
 use vfio_checkpoint_device::sim::{SimConfig, SimDma};
 use vfio_checkpoint_proto::v1;
-use vfio_checkpoint_server::config::{AgentConfig, StoreConfig};
-use vfio_checkpoint_server::security::roles::{Grant, Role};
+use vfio_checkpoint_server::config::StoreConfig;
 use vfio_checkpoint_server::serve::Agent;
 
 use crate::flow::{Bench, channel, device, done, request_id, restore_into, save, save_of, soon, start_save};
 use crate::lab::{Lab, start};
+use crate::reasons::for_everything;
+use crate::stored::{photos, store_at};
 
 const DEVICE: &str = "devices/n9";
 const OPERATION: &str = "operations/00000000000-0000000000000000";
 const CHECKPOINT: &str = "checkpoints/019aa7b4c10-5c0ffee15c0ffee1";
-
-/// An admin that is another agent, too, may call whatever there is.
-fn for_everything(mut config: AgentConfig) -> AgentConfig {
-    let who = "spiffe://lab.test/admin/test".parse().unwrap();
-    config.grants.push(Grant { who, roles: vec![Role::Peer] });
-    config
-}
 
 /// A call: its method, and its request as it is sent.
 struct Ask(&'static str, Vec<u8>);
@@ -236,29 +230,16 @@ async fn what_is_for_migrations_is_refused_for_all_else_and_what_is_over_is_over
 async fn a_store_that_cannot_be_used_is_said_by_every_method_that_names_one() {
     let lab = Lab::new();
     let mut config = for_everything(lab.config("a", &[("n0", "sim:seed=1,memory=1MiB")]));
-    let photos = lab.path("photos");
-    std::fs::create_dir(&photos).unwrap();
-    std::fs::write(photos.join("1.jpg"), "x").unwrap();
+    let photos = photos(&lab);
     let keys = lab.path("keys");
     std::fs::write(&keys, "AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n").unwrap();
-    let store = |name: &str, location: String| StoreConfig {
-        name: name.to_owned(),
-        location,
-        endpoint: None,
-        region: None,
-        credentials: None,
-        ca: None,
-        allow_http: false,
-        keep_free_bytes: None,
-        collect_interval: None,
-    };
     config.stores = vec![
         StoreConfig {
             endpoint: Some("https://127.0.0.1:1".to_owned()),
             credentials: Some(keys),
-            ..store("away", "s3://bucket/x".to_owned())
+            ..store_at("away", "s3://bucket/x".to_owned())
         },
-        store("photos", photos.display().to_string()),
+        store_at("photos", photos.display().to_string()),
     ];
     let agent = start(config).await;
     let channel = admin(&lab, &agent).await;

@@ -132,7 +132,7 @@ async fn a_caller_whose_role_was_taken_away_resumes_nothing() {
 }
 
 /// An admin that is another agent, too, may call whatever there is.
-fn for_everything(mut config: AgentConfig) -> AgentConfig {
+pub(crate) fn for_everything(mut config: AgentConfig) -> AgentConfig {
     let who = "spiffe://lab.test/admin/test".parse().unwrap();
     config.grants.push(Grant { who, roles: vec![Role::Peer] });
     config

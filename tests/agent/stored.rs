@@ -73,6 +73,29 @@ async fn as_role(lab: &Lab, agent: &Agent, role: &str) -> Checkpoints {
     CheckpointServiceClient::new(channel(lab, agent, &format!("spiffe://lab.test/{role}/test")).await)
 }
 
+/// A store of this name, with nothing else said of it.
+pub(crate) fn store_at(name: &str, location: String) -> StoreConfig {
+    StoreConfig {
+        name: name.to_owned(),
+        location,
+        endpoint: None,
+        region: None,
+        credentials: None,
+        ca: None,
+        allow_http: false,
+        keep_free_bytes: None,
+        collect_interval: None,
+    }
+}
+
+/// A folder that holds other things.
+pub(crate) fn photos(lab: &Lab) -> PathBuf {
+    let photos = lab.path("photos");
+    std::fs::create_dir(&photos).unwrap();
+    std::fs::write(photos.join("1.jpg"), "x").unwrap();
+    photos
+}
+
 fn into_store(devices: &[&str]) -> v1::StartSaveRequest {
     v1::StartSaveRequest { store: "stores/local".to_owned(), ..save_of(devices) }
 }
@@ -400,30 +423,17 @@ async fn what_cannot_be_is_refused_with_its_field_and_its_reason() {
 async fn a_store_that_cannot_be_used_is_said_and_nothing_is_touched() {
     let lab = Lab::new();
     let mut config = lab.config("a", &[("n0", SIM)]);
-    let store = |name: &str, location: String| StoreConfig {
-        name: name.to_owned(),
-        location,
-        endpoint: None,
-        region: None,
-        credentials: None,
-        ca: None,
-        allow_http: false,
-        keep_free_bytes: None,
-        collect_interval: None,
-    };
-    let photos = lab.path("photos");
-    std::fs::create_dir(&photos).unwrap();
-    std::fs::write(photos.join("1.jpg"), "x").unwrap();
-    let mut full = store("full", lab.path("full").display().to_string());
+    let photos = photos(&lab);
+    let mut full = store_at("full", lab.path("full").display().to_string());
     full.keep_free_bytes = Some(u64::MAX);
     let keys = lab.path("keys");
     std::fs::write(&keys, "AWS_ACCESS_KEY_ID=a\nAWS_SECRET_ACCESS_KEY=b\n").unwrap();
     config.stores = vec![
         StoreConfig {
             endpoint: Some("https://127.0.0.1:1".to_owned()),
-            ..store("away", "s3://bucket/x".to_owned())
+            ..store_at("away", "s3://bucket/x".to_owned())
         },
-        store("photos", photos.display().to_string()),
+        store_at("photos", photos.display().to_string()),
         full,
     ];
     let case = Case::of(lab, config).await;
